@@ -1,0 +1,243 @@
+"""The ops: schemas, argument checks, fakes and autograd. Backends fill them in (backends.py).
+
+    sparse_attention   whole sequences, differentiable
+    decode_attention   one or a few cells against prefix and tail, appending; inference only
+    sample             logits -> tokens; inference only
+
+Masks are named by str(masks.Mask), so that an op's arguments stay plain and a backend can look up the tables it wants.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dalle_fast import backends
+from dalle_fast.backends import Call
+from dalle_fast.masks import Mask
+
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+torch.library.define("dalle_fast::sparse_attention", "(Tensor q, Tensor k, Tensor v, str mask) -> (Tensor, Tensor)")
+torch.library.define(
+    "dalle_fast::sparse_attention_backward",
+    "(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, str mask) -> (Tensor, Tensor, Tensor)",
+)
+torch.library.define(
+    "dalle_fast::decode_attention",
+    "(Tensor q, Tensor k, Tensor v, Tensor prefix_k, Tensor prefix_v, Tensor(a!) tail_k, Tensor(b!) tail_v,"
+    " Tensor position, str mask) -> Tensor",
+)
+torch.library.define(
+    "dalle_fast::sample",
+    "(Tensor logits, float temperature, int top_k, float top_p, int seed, Tensor candidates, Tensor position) -> Tensor",
+)
+
+
+def _backend(op: str, x: Tensor, head_dim: int = 0) -> Any:
+    return backends.choose(Call(op, x.device.type, x.dtype, head_dim))
+
+
+# Whole sequences.
+
+
+def sparse_attention(q: Tensor, k: Tensor, v: Tensor, mask: Mask) -> Tensor:
+    """softmax(q kᵀ / √D + mask) v over the first S positions of a sequence of text and image cells.
+
+    q, k, v [B, H, S, D] of one floating type, text_len <= S <= text_len + cells. Returns [B, H, S, D].
+    Differentiable. Raises ValueError with the shapes, types or devices it got and wanted.
+    """
+    _check_sparse(q, k, v, mask)
+    out: Tensor = torch.ops.dalle_fast.sparse_attention(q, k, v, str(mask))[0]
+    return out
+
+
+def _check_sparse(q: Tensor, k: Tensor, v: Tensor, mask: Mask) -> None:
+    _check_float("q", q, 4)
+    _check_same("k", k, q)
+    _check_same("v", v, q)
+    low, high = mask.layout.text_len, mask.layout.total
+    if not low <= q.shape[2] <= high:
+        raise ValueError(f"got a sequence of {q.shape[2]} positions for {mask}, expected {low} to {high}")
+
+
+@torch.library.impl("dalle_fast::sparse_attention", "default")
+def _sparse(q: Tensor, k: Tensor, v: Tensor, mask: str) -> tuple[Tensor, Tensor]:
+    out, lse = _backend("sparse_attention", q, q.shape[-1]).sparse_attention(q, k, v, mask)
+    return out.contiguous(), lse.contiguous()
+
+
+@torch.library.register_fake("dalle_fast::sparse_attention")
+def _sparse_fake(q: Tensor, k: Tensor, v: Tensor, mask: str) -> tuple[Tensor, Tensor]:
+    lse_type = torch.float64 if q.dtype == torch.float64 else torch.float32
+    return q.new_empty(q.shape), q.new_empty(q.shape[:3], dtype=lse_type)
+
+
+@torch.library.impl("dalle_fast::sparse_attention_backward", "default")
+def _sparse_backward(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, mask: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    module = _backend("sparse_attention_backward", q, q.shape[-1])
+    dq, dk, dv = module.sparse_attention_backward(grad.contiguous(), q, k, v, out, lse, mask)
+    return dq.contiguous(), dk.contiguous(), dv.contiguous()
+
+
+@torch.library.register_fake("dalle_fast::sparse_attention_backward")
+def _sparse_backward_fake(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, mask: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    return q.new_empty(q.shape), q.new_empty(q.shape), q.new_empty(q.shape)
+
+
+def _setup_sparse(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    q, k, v, ctx.mask = inputs
+    ctx.save_for_backward(q, k, v, *output)
+    ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)
+
+
+def _sparse_grad(ctx: Any, grad: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
+    if grad is None:
+        return None, None, None, None
+    q, k, v, out, lse = ctx.saved_tensors
+    return (*torch.ops.dalle_fast.sparse_attention_backward(grad, q, k, v, out, lse, ctx.mask), None)
+
+
+torch.library.register_autograd("dalle_fast::sparse_attention", _sparse_grad, setup_context=_setup_sparse)
+
+
+# One step.
+
+
+def decode_attention(
+    q: Tensor, k: Tensor, v: Tensor, prefix_k: Tensor, prefix_v: Tensor, tail_k: Tensor, tail_v: Tensor, position: Tensor, mask: Mask
+) -> Tensor:  # fmt: skip
+    """Appends the keys and values of n cells to each candidate's tail and attends with their queries.
+
+    q, k, v [B, H, n, D]: the cells position … position + n - 1; prefix_k, prefix_v [P, H, T, D]: candidate b belongs to
+    prompt b // (B / P); tail_k, tail_v [B, H, slots, D], changed in place, slots from mask.tail_slots(chunk) with n <= chunk;
+    position: int64 tensor of one element on the same device (so that one CUDA graph serves every step).
+    Returns [B, H, n, D]. Inference only. Raises ValueError with what it got and expected.
+    """
+    _check_decode(q, k, v, prefix_k, prefix_v, tail_k, tail_v, position, mask)
+    out: Tensor = torch.ops.dalle_fast.decode_attention(
+        q, k, v, prefix_k, prefix_v, tail_k, tail_v, position, str(mask)
+    )  # fmt: skip
+    return out
+
+
+def _check_decode(
+    q: Tensor, k: Tensor, v: Tensor, prefix_k: Tensor, prefix_v: Tensor, tail_k: Tensor, tail_v: Tensor, position: Tensor, mask: Mask
+) -> None:  # fmt: skip
+    _check_float("q", q, 4)
+    _check_same("k", k, q)
+    _check_same("v", v, q)
+    batch, heads, n, dim = q.shape
+    prompts, slots = prefix_k.shape[0], tail_k.shape[2]
+    if prompts < 1 or batch % prompts:
+        raise ValueError(f"got {batch} candidates for {prompts} prompts, expected a multiple")
+    if prefix_k.shape[1:] != (heads, prefix_k.shape[2], dim) or prefix_v.shape != prefix_k.shape:
+        raise ValueError(
+            f"got prefix_k {list(prefix_k.shape)}, prefix_v {list(prefix_v.shape)}, expected [P, {heads}, T, {dim}] twice"
+        )
+    if tail_k.shape != (batch, heads, slots, dim) or tail_v.shape != tail_k.shape:
+        raise ValueError(
+            f"got tail_k {list(tail_k.shape)}, tail_v {list(tail_v.shape)}, expected [{batch}, {heads}, slots, {dim}] twice"
+        )
+    for name, x in (("prefix_k", prefix_k), ("prefix_v", prefix_v), ("tail_k", tail_k), ("tail_v", tail_v)):
+        _check_kind(name, x, q)
+    cells = mask.layout.cells
+    low = mask.ring(min(n, cells))
+    if not (1 <= n <= cells and low <= slots <= cells):
+        raise ValueError(f"got {n} cells for a tail of {slots} slots, expected {low} to {cells} slots for {mask}")
+    if position.numel() != 1 or position.dtype != torch.int64 or position.device != q.device:
+        raise ValueError(
+            f"got position {list(position.shape)} {position.dtype} on {position.device}, expected one int64 on {q.device}"
+        )
+    if torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v, prefix_k, prefix_v)):
+        raise ValueError("decode_attention is inference only: got an input that requires a gradient, expected torch.no_grad()")
+
+
+@torch.library.impl("dalle_fast::decode_attention", "default")
+def _decode(
+    q: Tensor, k: Tensor, v: Tensor, prefix_k: Tensor, prefix_v: Tensor, tail_k: Tensor, tail_v: Tensor, position: Tensor, mask: str
+) -> Tensor:  # fmt: skip
+    module = _backend("decode_attention", q, q.shape[-1])
+    out: Tensor = module.decode_attention(q, k, v, prefix_k, prefix_v, tail_k, tail_v, position, mask)
+    return out.contiguous()
+
+
+@torch.library.register_fake("dalle_fast::decode_attention")
+def _decode_fake(
+    q: Tensor, k: Tensor, v: Tensor, prefix_k: Tensor, prefix_v: Tensor, tail_k: Tensor, tail_v: Tensor, position: Tensor, mask: str
+) -> Tensor:  # fmt: skip
+    return q.new_empty(q.shape)
+
+
+# Sampling.
+
+
+def check_sampling(temperature: float, top_k: int, top_p: float, vocab: int) -> None:
+    """Raises ValueError, with the value and what was expected, for settings that no distribution has."""
+    if not (math.isfinite(temperature) and temperature > 0):
+        raise ValueError(f"got temperature={temperature}, expected a finite number above 0")
+    if not 0 <= top_k <= vocab:
+        raise ValueError(f"got top_k={top_k}, expected 1 to {vocab}, or 0 for all tokens")
+    if not 0 < top_p <= 1:
+        raise ValueError(f"got top_p={top_p}, expected above 0 and at most 1")
+
+
+def sample(
+    logits: Tensor, candidates: Tensor, position: Tensor, *, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0, seed: int = 0
+) -> Tensor:  # fmt: skip
+    """Draws one token a row: softmax(logits / temperature), kept to the exact top_k tokens (0: all), of those to the
+    smallest set whose probability reaches top_p, by Gumbel-max with Philox4x32-10 noise keyed by (seed, candidate, position).
+
+    logits [B, V]; candidates [B] int64, the random stream of each row; position: int64 tensor of one element.
+    Returns [B] int64. A row's token depends on neither the batch nor the backend, up to rounding of the logits.
+    Raises ValueError for settings out of range or mismatched shapes.
+    """
+    _check_float("logits", logits, 2)
+    check_sampling(temperature, top_k, top_p, logits.shape[1])
+    if candidates.shape != logits.shape[:1] or candidates.dtype != torch.int64:
+        raise ValueError(f"got candidates {list(candidates.shape)} {candidates.dtype}, expected [{logits.shape[0]}] int64")
+    tokens: Tensor = torch.ops.dalle_fast.sample(logits, temperature, top_k, top_p, seed, candidates, position)
+    return tokens
+
+
+@torch.library.impl("dalle_fast::sample", "default")
+def _sample(
+    logits: Tensor, temperature: float, top_k: int, top_p: float, seed: int, candidates: Tensor, position: Tensor
+) -> Tensor:  # fmt: skip
+    module = _backend("sample", logits)
+    tokens: Tensor = module.sample(logits, temperature, top_k, top_p, seed, candidates, position)
+    return tokens
+
+
+@torch.library.register_fake("dalle_fast::sample")
+def _sample_fake(
+    logits: Tensor, temperature: float, top_k: int, top_p: float, seed: int, candidates: Tensor, position: Tensor
+) -> Tensor:  # fmt: skip
+    return logits.new_empty(logits.shape[:1], dtype=torch.int64)
+
+
+# Checks shared by the ops.
+
+
+def _check_float(name: str, x: Tensor, ndim: int) -> None:
+    if x.ndim != ndim or x.dtype not in FLOATS:
+        raise ValueError(f"got {name} {list(x.shape)} {x.dtype}, expected {ndim} dimensions of a floating type")
+
+
+def _check_kind(name: str, x: Tensor, like: Tensor) -> None:
+    if x.dtype != like.dtype or x.device != like.device:
+        raise ValueError(f"got {name} {x.dtype} on {x.device}, expected {like.dtype} on {like.device}")
+
+
+def _check_same(name: str, x: Tensor, like: Tensor) -> None:
+    if x.shape != like.shape:
+        raise ValueError(f"got {name} {list(x.shape)}, expected {list(like.shape)}")
+    _check_kind(name, x, like)
