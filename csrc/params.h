@@ -1,0 +1,65 @@
+// What the kernels of every device take: plain structs of pointers and sizes. No torch, no Python, no CUDA header.
+//
+// Tensors are contiguous in the order given; sizes are in elements. Callers allocate, kernels fill.
+#pragma once
+
+#include <cstdint>
+
+namespace dalle_fast {
+
+enum class DType : int32_t { float32 = 0, bfloat16 = 1, float16 = 2, int8 = 3, int4 = 4 };
+
+enum class Epilogue : int32_t {
+  none = 0,       // y = W x + bias
+  gelu_tanh = 1,  // y = gelu(W x + bias), tanh form
+  gelu_erf = 2,   // the same, erf form
+  geglu = 3,      // y = value * gelu_erf(gate); W holds the value rows, then the gate rows: twice the outputs
+};
+
+// softmax(q [prefix_k | tail_k]^T * scale) [prefix_v | tail_v], after q's own keys and values went into the tail.
+struct DecodeAttentionParams {
+  const void* q;            // [batch, heads, cells_now, dim]
+  const void* k;            // the same
+  const void* v;            // the same
+  const void* prefix_k;     // [prompts, heads, prefix_len, dim]
+  const void* prefix_v;     // the same
+  void* tail_k;             // [batch, heads, slots, dim]
+  void* tail_v;             // the same
+  void* out;                // [batch, heads, cells_now, dim]
+  const int64_t* position;  // one number: the first of the cells_now cells (on the device, so that a graph can be replayed)
+  const int32_t* slot_of_cell;     // [cells]
+  const int32_t* neighbour_slots;  // [cells, max_neighbours]
+  const int32_t* neighbour_count;  // [cells]
+  int32_t batch, prompts, heads, cells_now, dim, prefix_len, slots, cells, max_neighbours;
+  float scale;
+  DType dtype;
+};
+
+// y = epilogue(layer_norm(x) W^T + bias) + residual.
+struct SkinnyLinearParams {
+  const void* x;             // [rows, inputs]
+  const void* weight;        // device-specific: [outputs, inputs], or packed
+  const float* bias;         // [outputs] or null
+  const void* residual;      // [rows, outputs] or null
+  const float* norm_weight;  // [inputs] or null: no LayerNorm
+  const float* norm_bias;    // [inputs] or null
+  void* y;                   // [rows, outputs], half of it for geglu
+  int32_t rows, inputs, outputs;
+  float norm_eps;
+  Epilogue epilogue;
+  DType dtype;
+};
+
+// token = argmax(logits / temperature + gumbel noise) over the top_k tokens, of those over the top_p set.
+struct SampleParams {
+  const void* logits;         // [batch, vocab]
+  const int64_t* candidates;  // [batch]: the random stream of each row
+  const int64_t* position;    // one number
+  int64_t* tokens;            // [batch]
+  int32_t batch, vocab, top_k;  // top_k = 0: all
+  float temperature, top_p;
+  uint64_t seed;
+  DType dtype;
+};
+
+}  // namespace dalle_fast
