@@ -1,15 +1,16 @@
 """Builds `dalle_fast._C`: C++ for CPUs and CUDA C++ for GPUs in one pybind11 module that knows no torch.
 
-Because no torch header is involved, `pip install .` works in build isolation and one build serves every torch. ninja does
-the compiling, in build/, so that a second build compiles only what changed. Which parts were built, and why one was not,
-is written to `_build_info.json` beside the module; `dalle-fast info` prints it.
+Because no torch header is involved, `pip install .` works in build isolation and one build serves every torch. ninja
+compiles, in build/, so that a second build compiles only what changed. Which parts were built, and why one was not, is
+written to `_build_info.json` beside the module; `dalle-fast info` prints it.
 
 A source csrc/cpu/*_avx2.cpp or *_avx512.cpp is compiled for that instruction set; all others must run on any CPU.
 
 Environment
   DALLE_FAST_BUILD       auto (default): build unless there is no compiler; 1: fail without one; 0: no `_C` at all
   DALLE_FAST_BUILD_CUDA  the same for the CUDA part (csrc/*.cu) and nvcc
-  CXX, CXXFLAGS, LDFLAGS, MAX_JOBS, CUDA_HOME, TORCH_CUDA_ARCH_LIST (default "8.0;9.0a;10.0+PTX") have their usual meaning
+  TORCH_CUDA_ARCH_LIST   GPUs to compile for, "8.0;9.0a;10.0+PTX" by default
+  CXX, CXXFLAGS, LDFLAGS, MAX_JOBS, CUDA_HOME as usual
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ INSTALL_NVCC = "install the CUDA toolkit (or set CUDA_HOME), then install dalle_
 CXX_FLAGS = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-pthread", "-Wall", "-Wextra"]
 ISA_FLAGS = {
     "avx2": ["-mavx2", "-mfma", "-mf16c"],
-    "avx512": ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512bf16", "-mavx512vnni", "-mfma", "-mf16c"],
+    "avx512": [*(f"-mavx512{part}" for part in ("f", "bw", "vl", "dq", "bf16", "vnni")), "-mfma", "-mf16c"],
 }
 DEFAULT_ARCH_LIST = "8.0;9.0a;10.0+PTX"
 # A spill to local memory, a stack frame or any warning in a kernel fails the build: each costs more than it says.
@@ -128,11 +129,11 @@ def nvcc_candidates() -> list[Path]:
 
 
 def find_cuda() -> CudaToolkit:
-    """Raises Unavailable without nvcc, the runtime's headers and its static library; CompileError for a wrong arch list."""
+    """Raises Unavailable without nvcc, the runtime's headers or its static library."""
     nvcc = next((c for c in nvcc_candidates() if c.is_file() and os.access(c, os.X_OK)), None)
     if not nvcc:
-        where = f"CUDA_HOME={os.environ['CUDA_HOME']} holds no bin/nvcc" if os.environ.get("CUDA_HOME") else "no nvcc found"
-        raise Unavailable(f"{where}; {INSTALL_NVCC}")
+        home = os.environ.get("CUDA_HOME")
+        raise Unavailable(f"{f'CUDA_HOME={home} holds no bin/nvcc' if home else 'no nvcc was found'}; {INSTALL_NVCC}")
     # nvcc itself knows best where its toolkit lies: the one on PATH is often a script or a link.
     dry = run([str(nvcc), "--dryrun", "-c", "-x", "cu", os.devnull, "-o", os.devnull]).stdout
     match = re.search(r"^#\$ TOP=(.*)$", dry, re.MULTILINE)
@@ -161,7 +162,7 @@ def cuda_targets(arch_list: str | None, known: list[int]) -> list[str]:
         if not arch_list and int(major + minor) not in known:
             continue
         if int(major) < 8:
-            raise CompileError(f"got {entry!r} in TORCH_CUDA_ARCH_LIST; the kernels need compute capability 8.0 or newer")
+            raise CompileError(f"got {entry!r} in TORCH_CUDA_ARCH_LIST, expected 8.0 or newer")
         targets.append(f"sm_{major}{minor}{suffix}")
         ptx = f"compute_{major}{minor}{suffix}" if with_ptx else ptx
     if not arch_list and not ptx:  # an nvcc older than the list
@@ -245,8 +246,8 @@ class NinjaBuild(build_ext):
         print(result.stdout)
         if result.returncode:
             cuda_failed = re.search(r"^FAILED: .*\.cu\.o", result.stdout, re.MULTILINE)
-            name = "DALLE_FAST_BUILD_CUDA" if cuda_failed else "DALLE_FAST_BUILD"
-            raise CompileError(f"{'nvcc' if cuda_failed else host.command[0]} failed, see above; {name}=0 leaves that part out")
+            tool, name = ("nvcc", "DALLE_FAST_BUILD_CUDA") if cuda_failed else (host.command[0], "DALLE_FAST_BUILD")
+            raise CompileError(f"{tool} failed, see above; {name}=0 leaves that part out")
         shutil.copy2(folder / module.name, module)
         cpp.update(built=True, compiler=host.version, instruction_sets=["portable", *host.instruction_sets])
         if toolkit:
@@ -313,7 +314,8 @@ def ninja_file(host: Toolchain, cuda: CudaToolkit | None, module: Path) -> str:
         ccbin = ["-ccbin", host.command[0]] if "CXX" in os.environ else []
         compile("nvcc", source, [*NVCC_FLAGS, *ccbin, *gencode(cuda.targets), "-Icsrc", *defines])
     macro = f'-DDALLE_FAST_VERSION="{version[1] if version else ""}"'
-    compile("cxx", ROOT / "csrc/bindings.cpp", [*CXX_FLAGS, "-Icsrc", *defines, macro, *python, *cuda_include, *env_cxx])
+    binding_flags = [*CXX_FLAGS, "-Icsrc", *defines, macro, *python, *cuda_include, *env_cxx]
+    compile("cxx", ROOT / "csrc/bindings.cpp", binding_flags)
     lines += [f"build {path(module)}: link {' '.join(objects)}", f"default {path(module)}"]
     return "\n".join(lines) + "\n"
 

@@ -1,4 +1,4 @@
-"""DALL-E 1 at the speed of memory. `import dalle_fast` is light: torch is imported with the first name that needs it."""
+"""DALL-E 1 at the speed of memory. `import dalle_fast` is light: torch comes with the first name that needs it."""
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
@@ -15,7 +15,7 @@ _PUBLIC = {
     "DiscreteVAE": "images",
     "Pipeline": "pipeline",
 }
-__all__ = ["__version__", *_PUBLIC]  # noqa: PLE0604
+__all__ = ["__version__", *_PUBLIC]
 
 if TYPE_CHECKING:
     from dalle_fast.layout import SequenceLayout as SequenceLayout
