@@ -1,0 +1,67 @@
+"""The key-value cache: one prefix a prompt, one short tail a candidate and layer."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from dalle_fast.config import ModelConfig
+
+
+class Cache:
+    """Keys and values of `prompts` x `candidates` sequences that are being decoded.
+
+    prefix_k, prefix_v  a layer: [prompts, heads, text_len, head_dim], shared by the candidates of a prompt
+    tail_k, tail_v      a layer: [prompts * candidates, heads, slots, head_dim], slots from Mask.tail_slots(chunk)
+    shift               two a layer where the model shifts tokens: [prompts * candidates, width + chunk, dim // 2],
+                        the channels that later cells borrow, in a ring
+    position            [1] int64 on the device: the next cell. `chunk` cells at most are appended at a time.
+
+    device="meta" allocates nothing: nbytes() then answers what a real one would hold.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        prompts: int,
+        candidates: int,
+        *,
+        chunk: int = 1,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        if min(prompts, candidates) < 1:
+            raise ValueError(f"got {prompts} prompts x {candidates} candidates, expected at least 1 x 1")
+        layout, batch = config.layout, prompts * candidates
+        self.config, self.prompts, self.chunk = config, prompts, min(chunk, layout.cells)
+        self.masks = config.masks()
+
+        def allocate(*shape: int) -> Tensor:
+            return torch.empty(shape, dtype=dtype, device=device)
+
+        prefix = (prompts, config.heads, layout.text_len, config.head_dim)
+        tails = [(batch, config.heads, mask.tail_slots(self.chunk), config.head_dim) for mask in self.masks]
+        self.prefix_k, self.prefix_v = ([allocate(*prefix) for _ in tails] for _ in "kv")
+        self.tail_k, self.tail_v = ([allocate(*shape) for shape in tails] for _ in "kv")
+        self.shift: list[Tensor] = []
+        if config.token_shift:
+            ring = min(config.cells, config.width + self.chunk)
+            self.shift = [allocate(batch, ring, config.dim // 2) for _ in range(2 * config.layers)]
+        self.position = torch.zeros(1, dtype=torch.int64, device=device)
+
+    @property
+    def batch(self) -> int:
+        return self.tail_k[0].shape[0]
+
+    def fork(self, candidates: int) -> None:
+        """Every candidate becomes `candidates` equal ones: what is known of a picture is computed once a prompt."""
+        for tensors in (self.tail_k, self.tail_v, self.shift):
+            tensors[:] = [x.repeat_interleave(candidates, dim=0) for x in tensors]
+
+    def tail_nbytes(self) -> int:
+        """Bytes of one candidate's own part."""
+        return sum(x.nbytes for x in (*self.tail_k, *self.tail_v, *self.shift)) // self.batch
+
+    def nbytes(self) -> int:
+        """Bytes of everything held."""
+        return self.tail_nbytes() * self.batch + sum(x.nbytes for x in (*self.prefix_k, *self.prefix_v))

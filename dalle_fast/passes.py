@@ -1,0 +1,92 @@
+"""How one set of transformer blocks runs in three ways: over a whole sequence, over the text of a prompt while filling the
+prefix, and over the next cells against the cache. A block only sees `attend`, `shift` and `rotary`."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dalle_fast import ops
+from dalle_fast.cache import Cache
+from dalle_fast.layout import SequenceLayout
+from dalle_fast.masks import Mask
+
+
+class Pass(Protocol):
+    rotary: Tensor | None  # [n, R] angles of the positions at hand, or None
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """q, k, v [B, H, n, D] -> [B, H, n, D]."""
+        ...
+
+    def shift(self, branch: int, x: Tensor) -> Tensor:
+        """Token shift of the input [B, n, d] of branch 2 * layer (attention) or 2 * layer + 1 (MLP)."""
+        ...
+
+
+class FullPass:
+    """All positions at once: training, scoring."""
+
+    def __init__(self, masks: list[Mask], rotary: Tensor | None) -> None:
+        self.masks, self.rotary = masks, rotary
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return ops.sparse_attention(q, k, v, self.masks[layer])
+
+    def shift(self, branch: int, x: Tensor) -> Tensor:
+        return shift_sequence(x, self.masks[0].layout)
+
+
+class PrefixPass(FullPass):
+    """The text of every prompt: causal attention, whose keys and values become the prefix."""
+
+    def __init__(self, cache: Cache, rotary: Tensor | None) -> None:
+        super().__init__(cache.masks, rotary)
+        self.cache = cache
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        self.cache.prefix_k[layer].copy_(k)
+        self.cache.prefix_v[layer].copy_(v)
+        return super().attend(layer, q, k, v)
+
+
+class StepPass:
+    """The next n cells of every candidate, appended to the cache. The caller moves cache.position on afterwards."""
+
+    def __init__(self, cache: Cache, n: int, rotary: Tensor | None) -> None:
+        self.cache, self.rotary = cache, rotary
+        self.cells = cache.position + torch.arange(n, device=cache.position.device)  # [n]
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        c = self.cache
+        return ops.decode_attention(
+            q, k, v, c.prefix_k[layer], c.prefix_v[layer], c.tail_k[layer], c.tail_v[layer], c.position, c.masks[layer]
+        )  # fmt: skip
+
+    def shift(self, branch: int, x: Tensor) -> Tensor:
+        ring, width = self.cache.shift[branch], self.cache.config.width
+        quarter = x.shape[-1] // 4
+        ring.index_copy_(1, self.cells % ring.shape[1], x[..., : 2 * quarter])
+        above = ring[:, (self.cells - width) % ring.shape[1], :quarter]
+        left = ring[:, (self.cells - 1) % ring.shape[1], quarter:]
+        # where, not a product: what was never written may be NaN.
+        above = torch.where((self.cells >= width)[:, None], above, 0)
+        left = torch.where((self.cells % width > 0)[:, None], left, 0)
+        return torch.cat([above, left, x[..., 2 * quarter :]], dim=-1)
+
+
+def shift_sequence(x: Tensor, layout: SequenceLayout) -> Tensor:
+    """DALLE-pytorch's token shift of a sequence [B, S, d]: a text position takes the first half of its channels from the
+    position before; an image cell the first quarter from the cell above and the second from the left, zeros at the edges."""
+    text, image = x[:, : layout.text_len], x[:, layout.text_len :]
+    half, quarter = x.shape[-1] // 2, x.shape[-1] // 4
+    text = torch.cat([F.pad(text[:, :-1, :half], (0, 0, 1, 0)), text[..., half:]], dim=-1)
+    if image.shape[1] == 0:
+        return text
+    cells = torch.arange(image.shape[1], device=x.device)
+    above = F.pad(image[..., :quarter], (0, 0, layout.width, 0))[:, : len(cells)]
+    left = F.pad(image[:, :-1, quarter:half], (0, 0, 1, 0)) * (cells % layout.width > 0)[:, None]
+    return torch.cat([text, torch.cat([above, left, image[..., half:]], dim=-1)], dim=1)

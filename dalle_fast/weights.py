@@ -1,0 +1,77 @@
+"""Weight files: safetensors in and out, checked before use, written whole or not at all."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import safetensors.torch
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+
+class WeightError(ValueError):
+    """A weight or config file is missing, unreadable or not what the model needs; the message is one line."""
+
+
+def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
+    """Calls write with a temporary path beside `path` and moves the result into place."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    os.close(handle)
+    try:
+        write(Path(name))
+        os.chmod(name, 0o644)
+        os.replace(name, path)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise
+
+
+def write_text(path: Path, text: str) -> None:
+    write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+
+
+def read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise WeightError(f"cannot read {path}: {getattr(error, 'strerror', None) or error}") from None
+
+
+def save(path: Path, state: Mapping[str, Tensor]) -> None:
+    tensors = {name: tensor.detach().contiguous() for name, tensor in state.items()}
+    write_atomically(path, lambda temporary: safetensors.torch.save_file(tensors, temporary))
+
+
+def load(
+    path: Path, expected: Mapping[str, Tensor], *, dtype: torch.dtype | None = None, device: torch.device | str = "cpu"
+) -> dict[str, Tensor]:  # fmt: skip
+    """Reads the tensors named in `expected` (their shapes count, meta tensors will do), floating ones in `dtype`.
+
+    Raises WeightError listing every problem: missing and unexpected names, other shapes, values that are not finite.
+    """
+    problems: list[str] = []
+    state: dict[str, Tensor] = {}
+    try:
+        with safe_open(path, framework="pt") as file:  # type: ignore[no-untyped-call]
+            names = set(file.keys())
+            problems += [f"{name} is missing" for name in expected if name not in names]
+            problems += [f"{name} is unexpected" for name in sorted(names - set(expected))]
+            for name in (name for name in expected if name in names):
+                tensor = file.get_tensor(name)
+                if tensor.shape != expected[name].shape:
+                    problems.append(f"{name} is {list(tensor.shape)}, expected {list(expected[name].shape)}")
+                    continue
+                if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
+                    problems.append(f"{name} has values that are not finite")
+                state[name] = tensor.to(device=device, dtype=dtype if tensor.is_floating_point() else None)
+    except (OSError, SafetensorError) as error:
+        raise WeightError(f"cannot read {path}: {error}") from None
+    if problems:
+        more = f" and {len(problems) - 8} more" if len(problems) > 8 else ""
+        raise WeightError(f"{path} does not fit: {'; '.join(problems[:8])}{more}")
+    return state
