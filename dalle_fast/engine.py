@@ -47,10 +47,11 @@ class TorchEngine:
 
     batch_invariant = False  # a matrix product's rounding depends on its shape
 
-    def __init__(self, model: DalleModel, chunk: int | None = None) -> None:
-        """chunk: known tokens fed at a time, a row if not given (a longer chunk costs slots in every ring)."""
+    def __init__(self, model: DalleModel, chunk: int = 1) -> None:
+        """chunk: known tokens fed at a time. Each costs a slot in every ring, and a ring that a step reads whole is the
+        fastest, so leave it at 1 where nothing is known."""
         self.model, self.config = model, model.config
-        self.chunk = chunk or self.config.width
+        self.chunk = chunk
         self.cache: Cache | None = None
 
     @torch.inference_mode()
