@@ -64,20 +64,26 @@ $(BIN)/python:
 	"$(PYTHON)" -m venv $(VENV)
 
 # A torch that is there already is kept, whatever its version; otherwise the pinned one is fetched.
+define install_torch
+@have=$$($(BIN)/python -c 'from importlib.metadata import version; print(version("torch"))' 2> /dev/null); \
+pin=$$(sed -n 's/^torch==//p' constraints.txt); \
+case "$$have" in \
+  "" | $$pin | $$pin+*) cp constraints.txt $(VENV)/constraints.txt ;; \
+  *) echo "keeping torch $$have"; \
+     sed "s/^torch==.*/torch==$$have/; /^triton==/d" constraints.txt > $(VENV)/constraints.txt ;; \
+esac; \
+test -n "$$have" || { \
+  test -n "$(TORCH_INDEX)" || \
+    echo "Fetching torch. Its default build may be some GB; TORCH_INDEX in the Makefile leads to a smaller one."; \
+  $(PIP) $(if $(TORCH_INDEX),--index-url "$(TORCH_INDEX)") torch; }
+endef
+
 $(VENV)/.installed: $(BUILD_INPUTS) | $(BIN)/python
-	@have=$$($(BIN)/python -c 'from importlib.metadata import version; print(version("torch"))' 2> /dev/null); \
-	pin=$$(sed -n 's/^torch==//p' constraints.txt); \
-	case "$$have" in \
-	  "" | $$pin | $$pin+*) cp constraints.txt $(VENV)/constraints.txt ;; \
-	  *) echo "keeping torch $$have"; \
-	     sed "s/^torch==.*/torch==$$have/; /^triton==/d" constraints.txt > $(VENV)/constraints.txt ;; \
-	esac; \
-	test -n "$$have" || { \
-	  test -n "$(TORCH_INDEX)" || echo "Fetching torch. Its default build may be some GB; see TORCH_INDEX in Makefile for a smaller one."; \
-	  $(PIP) $(if $(TORCH_INDEX),--index-url "$(TORCH_INDEX)") torch; }
+	$(install_torch)
 	$(PIP) -q -e .
 	@touch $@
 
-$(VENV)/.installed-test: $(VENV)/.installed
+$(VENV)/.installed-test: $(BUILD_INPUTS) | $(BIN)/python
+	$(install_torch)
 	$(PIP) -q -e ".[test]"
-	@touch $@
+	@touch $@ $(VENV)/.installed
