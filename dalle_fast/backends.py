@@ -12,7 +12,7 @@ import logging
 import os
 from collections.abc import Iterator
 from contextvars import ContextVar
-from functools import lru_cache
+from functools import cache
 from types import ModuleType
 from typing import NamedTuple
 
@@ -79,12 +79,14 @@ def why_not(name: str, call: Call) -> str | None:
     return reason
 
 
-@lru_cache(maxsize=None)
+@cache
 def _choose(call: Call, forced: str | None) -> ModuleType:
     if forced:
         check_name(forced)
         if reason := why_not(forced, call):
-            raise BackendUnavailable(f"backend {forced!r} cannot compute {call.op} ({call.device}, {call.dtype}): {reason}")
+            raise BackendUnavailable(
+                f"backend {forced!r} cannot compute {call.op} ({call.device}, {call.dtype}): {reason}"
+            )
         return importlib.import_module(MODULES[forced])
     reasons = {}
     for name, path in MODULES.items():
@@ -102,6 +104,8 @@ def choose(call: Call) -> ModuleType:
     return _choose(call, _forced.get() or os.environ.get("DALLE_FAST_BACKEND") or None)
 
 
-def describe(device: str = "cpu", dtype: torch.dtype = torch.float32, head_dim: int = 64) -> dict[str, dict[str, str | None]]:
+def describe(
+    device: str = "cpu", dtype: torch.dtype = torch.float32, head_dim: int = 64
+) -> dict[str, dict[str, str | None]]:
     """{backend: {op: None, or why not}} for one device type: what `dalle-fast info` prints."""
     return {name: {op: why_not(name, Call(op, device, dtype, head_dim)) for op in OPS} for name in MODULES}

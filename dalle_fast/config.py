@@ -124,7 +124,9 @@ class ModelConfig:
             raise ValueError(f"got a model config that is no JSON: {error}") from None
         known = {field.name for field in fields(cls)}
         if not isinstance(values, dict) or (unknown := sorted(set(values) - known)):
-            raise ValueError(f"got model config entries {unknown if isinstance(values, dict) else values!r}, expected {sorted(known)}")
+            raise ValueError(
+                f"got model config entries {unknown if isinstance(values, dict) else values!r}, expected {sorted(known)}"
+            )
         if missing := sorted({"dim", "layers", "heads", "patterns"} - set(values)):
             raise ValueError(f"got a model config without {', '.join(missing)}")
         return cls(**{**values, "patterns": tuple(values["patterns"])})
@@ -145,22 +147,38 @@ def _interleaved(layers: int, last: str) -> tuple[str, ...]:
     return (*("column" if i % 4 == 1 else "row" for i in range(layers - 1)), last)
 
 
-_RUDALLE = dict(
-    caption_len=128, start="none", activation="gelu_tanh", sandwich_norm=True, final_norms=2, text_vocab=16384, image_vocab=8192
-)  # fmt: skip
+_RUDALLE: dict[str, Any] = {"caption_len": 128, "start": "none", "sandwich_norm": True, "final_norms": 2}
 _FLAT, _CLIP = "conv(kernel=11,boundary=flat)", "conv(kernel=11,boundary=clip)"
 
 PRESETS: dict[str, ModelConfig] = {
     "openai-12b": ModelConfig(dim=3968, layers=64, heads=62, patterns=_interleaved(64, _FLAT)),
     "rudalle-malevich": ModelConfig(
-        dim=2048, layers=24, heads=16, head_dim=128, patterns=_interleaved(24, _CLIP), **_RUDALLE  # type: ignore[arg-type]
+        dim=2048,
+        layers=24,
+        heads=16,
+        head_dim=128,
+        patterns=_interleaved(24, _CLIP),
+        **_RUDALLE,
     ),
-    "rudalle-kandinsky": ModelConfig(dim=3840, layers=64, heads=60, patterns=_interleaved(64, _CLIP), **_RUDALLE),  # type: ignore[arg-type]
+    "rudalle-kandinsky": ModelConfig(dim=3840, layers=64, heads=60, patterns=_interleaved(64, _CLIP), **_RUDALLE),
     "demo": ModelConfig(
-        dim=256, layers=12, heads=4, patterns=_interleaved(12, "conv(kernel=5,boundary=flat)"), text_vocab=512, image_vocab=512
+        dim=256,
+        layers=12,
+        heads=4,
+        patterns=_interleaved(12, "conv(kernel=5,boundary=flat)"),
+        text_vocab=512,
+        image_vocab=512,
     ),
     "tiny": ModelConfig(
-        dim=64, layers=4, heads=2, head_dim=32, patterns=_interleaved(4, "conv(kernel=3,boundary=flat)"),
-        caption_len=16, height=8, width=8, text_vocab=64, image_vocab=32,
+        dim=64,
+        layers=4,
+        heads=2,
+        head_dim=32,
+        patterns=_interleaved(4, "conv(kernel=3,boundary=flat)"),
+        caption_len=16,
+        height=8,
+        width=8,
+        text_vocab=64,
+        image_vocab=32,
     ),
-}  # fmt: skip
+}

@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, fields
-from functools import cached_property, lru_cache
+from functools import cache, cached_property, lru_cache
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -59,7 +59,9 @@ class Pattern:
         if self.dilation < 1:
             raise ValueError(f"got dilation={self.dilation}, expected at least 1")
         if self.dilation != 1 and self.boundary != "quadrant":
-            raise ValueError(f"got dilation={self.dilation} with boundary={self.boundary!r}, expected boundary='quadrant'")
+            raise ValueError(
+                f"got dilation={self.dilation} with boundary={self.boundary!r}, expected boundary='quadrant'"
+            )
         for name, default in _DEFAULTS.items():
             if name not in self._options and getattr(self, name) != default:
                 raise ValueError(f"got {name}={getattr(self, name)!r}, which pattern kind {self.kind!r} does not have")
@@ -110,7 +112,7 @@ def _conv(p: Pattern, h: int, w: int, q: Ints, k: Ints) -> Bools:
     radius = p.kernel // 2
     if p.boundary == "flat":  # delta = w * dr + dc for some 0 <= dr <= radius, |dc| <= radius
         delta = q - k
-        return np.logical_or.reduce([np.abs(delta - w * dr) <= radius for dr in range(radius + 1)])
+        return np.asarray(np.logical_or.reduce([np.abs(delta - w * dr) <= radius for dr in range(radius + 1)]))
     rows, columns = q // w - k // w, q % w - k % w
     if p.boundary == "quadrant":
         near = [(x >= 0) & (x <= (p.kernel - 1) * p.dilation) & (x % p.dilation == 0) for x in (rows, columns)]
@@ -189,7 +191,7 @@ class Mask:
         """Whether the query of one cell may read the key of another; the arguments broadcast."""
         q, k = np.asarray(query_cell), np.asarray(key_cell)
         layout = self.layout
-        return (q >= k) & RULES[self.pattern.kind](self.pattern, layout.height, layout.width, q, k)
+        return np.asarray((q >= k) & RULES[self.pattern.kind](self.pattern, layout.height, layout.width, q, k))
 
     def image(self) -> Bools:
         """[cells, cells]: the image-to-image part."""
@@ -243,7 +245,7 @@ def _column_major(layout: SequenceLayout) -> NDArray[np.int32]:
     return np.arange(layout.cells, dtype=np.int32).reshape(layout.height, layout.width).T.reshape(-1).copy()
 
 
-@lru_cache(maxsize=None)
+@cache
 def _parse(text: str) -> Mask:
     pattern, _, layout = text.rpartition("@")
     return Mask(Pattern.parse(pattern), SequenceLayout.parse(layout))
@@ -258,9 +260,7 @@ def _neighbours(mask: Mask) -> tuple[NDArray[np.int16], NDArray[np.int16]]:
     table = np.argsort(~allowed, axis=1, kind="stable")[:, :width]
     own = np.arange(len(table))[:, None]
     table = np.where(np.arange(width) < counts[:, None], table, own).astype(np.int16)
-    table.setflags(write=False)
-    counts.setflags(write=False)
-    return table, counts
+    return np.asarray(table, dtype=np.int16), np.asarray(counts, dtype=np.int16)
 
 
 @lru_cache(maxsize=64)
@@ -315,6 +315,14 @@ def _plan_in(mask: Mask, order: NDArray[np.int32], block_q: int, block_k: int) -
         return np.concatenate([[0], np.cumsum(np.bincount(blocks, minlength=count))]).astype(np.int32)
 
     return BlockPlan(
-        block_q, block_k, order, offsets(query, n_q), key.astype(np.int32), mask_ids,
-        np.ascontiguousarray(bits, dtype=np.int32), offsets(key, n_k), query[by_key].astype(np.int32), by_key.astype(np.int32),
-    )  # fmt: skip
+        block_q,
+        block_k,
+        order,
+        offsets(query, n_q),
+        key.astype(np.int32),
+        mask_ids,
+        np.ascontiguousarray(bits, dtype=np.int32),
+        offsets(key, n_k),
+        query[by_key].astype(np.int32),
+        by_key.astype(np.int32),
+    )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -28,7 +29,9 @@ class Block(nn.Module):
         self.up = nn.Linear(config.dim, config.hidden * (2 if config.activation == "geglu" else 1))
         self.down = nn.Linear(config.hidden, config.dim)
         if config.sandwich_norm:
-            self.attention_norm_out, self.mlp_norm_out = (nn.LayerNorm(config.dim, eps=config.norm_eps) for _ in range(2))
+            self.attention_norm_out, self.mlp_norm_out = (
+                nn.LayerNorm(config.dim, eps=config.norm_eps) for _ in range(2)
+            )
         if config.layer_scale:
             initial = 0.1 if index < 18 else 1e-5 if index < 24 else 1e-6  # CaiT's, as DALLE-pytorch has them
             self.attention_scale, self.mlp_scale = (nn.Parameter(torch.full((config.dim,), initial)) for _ in range(2))
@@ -38,14 +41,16 @@ class Block(nn.Module):
         h = self.attention_norm(x)  # [B, n, d]
         if self.config.token_shift:
             h = run.shift(2 * self.index, h)
-        q, k, v = self.qkv(h).view(batch, n, 3, self.config.heads, self.config.head_dim).permute(2, 0, 3, 1, 4).unbind(0)
+        q, k, v = (
+            self.qkv(h).view(batch, n, 3, self.config.heads, self.config.head_dim).permute(2, 0, 3, 1, 4).unbind(0)
+        )
         if run.rotary is not None:
             q, k, v = (rotate(y, run.rotary) for y in (q, k, v))
         h = run.attend(self.index, q, k, v)  # [B, H, n, D]
         h = self.out(h.transpose(1, 2).reshape(batch, n, -1))
         if self.config.sandwich_norm:
             h = self.attention_norm_out(h)
-        return h * self.attention_scale if self.config.layer_scale else h
+        return h * self.attention_scale if self.config.layer_scale else h  # type: ignore[no-any-return]
 
     def mlp(self, x: Tensor, run: Pass) -> Tensor:
         h = self.mlp_norm(x)
@@ -60,7 +65,7 @@ class Block(nn.Module):
         h = self.down(h)
         if self.config.sandwich_norm:
             h = self.mlp_norm_out(h)
-        return h * self.mlp_scale if self.config.layer_scale else h
+        return h * self.mlp_scale if self.config.layer_scale else h  # type: ignore[no-any-return]
 
 
 class DalleModel(nn.Module):
@@ -83,8 +88,10 @@ class DalleModel(nn.Module):
             self.column_positions = nn.Parameter(torch.empty(config.width, config.dim))
         if config.start == "learned":
             self.start = nn.Parameter(torch.empty(config.dim))
-        self.blocks = nn.ModuleList(Block(config, i) for i in range(config.layers))
-        self.final_norms = nn.Sequential(*(nn.LayerNorm(config.dim, eps=config.norm_eps) for _ in range(config.final_norms)))
+        self.blocks = nn.ModuleList(Block(config, i) for i in range(config.layers))  # of Block
+        self.final_norms = nn.Sequential(
+            *(nn.LayerNorm(config.dim, eps=config.norm_eps) for _ in range(config.final_norms))
+        )
         self.head = nn.Linear(config.dim, config.text_logits + config.image_vocab)  # rows text | pads | image
         self.reset_parameters()
 
@@ -92,7 +99,9 @@ class DalleModel(nn.Module):
         """Normal of deviation 0.02, the two projections into the residual stream scaled by 1/√(2·layers) (GPT-2's)."""
         for name, p in self.named_parameters():
             if p.ndim == 2 or name == "start":
-                scale = 0.02 / math.sqrt(2 * self.config.layers) if name.endswith(("out.weight", "down.weight")) else 0.02
+                scale = (
+                    0.02 / math.sqrt(2 * self.config.layers) if name.endswith(("out.weight", "down.weight")) else 0.02
+                )
                 nn.init.normal_(p, std=scale)
             elif name.endswith("bias"):
                 nn.init.zeros_(p)
@@ -145,13 +154,14 @@ class DalleModel(nn.Module):
 
     def run_blocks(self, x: Tensor, run: Pass) -> Tensor:
         """[B, n, d] -> [B, n, d]."""
+        blocks = cast("list[Block]", list(self.blocks))
         if self.config.reversible:  # two streams, their mean at the end
             a = b = x
-            for block in self.blocks:
+            for block in blocks:
                 a = a + block.attention(b, run)
                 b = b + block.mlp(a, run)
             return (a + b) / 2
-        for block in self.blocks:
+        for block in blocks:
             x = x + block.attention(x, run)
             x = x + block.mlp(x, run)
         return x
@@ -217,7 +227,9 @@ class DalleModel(nn.Module):
         weights.save(Path(folder) / "model.safetensors", self.state_dict())
 
     @classmethod
-    def load(cls, folder: str | Path, *, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> DalleModel:
+    def load(
+        cls, folder: str | Path, *, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
+    ) -> DalleModel:
         """Reads what save wrote. Raises weights.WeightError, naming every key that is missing, unexpected or of another
         shape, and every tensor that is not finite; or that a file can't be read."""
         config = ModelConfig.from_json(weights.read_text(Path(folder) / "config.json"))
@@ -238,7 +250,11 @@ def rotary_table(config: ModelConfig) -> Tensor:
     rows = torch.linspace(-1, 1, layout.height)[:, None].expand(-1, layout.width).reshape(-1)
     columns = torch.linspace(-1, 1, layout.width)[None].expand(layout.height, -1).reshape(-1)
     outside = torch.full((layout.text_len,), -10.0)
-    angles = [text[:, None] * language, torch.cat([outside, rows])[:, None] * pixel, torch.cat([outside, columns])[:, None] * pixel]
+    angles = [
+        text[:, None] * language,
+        torch.cat([outside, rows])[:, None] * pixel,
+        torch.cat([outside, columns])[:, None] * pixel,
+    ]
     return torch.cat(angles, dim=-1).repeat_interleave(2, dim=-1)
 
 

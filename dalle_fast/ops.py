@@ -70,7 +70,7 @@ def _sparse(q: Tensor, k: Tensor, v: Tensor, mask: str) -> tuple[Tensor, Tensor]
     return out.contiguous(), lse.contiguous()
 
 
-@torch.library.register_fake("dalle_fast::sparse_attention")
+@torch.library.register_fake("dalle_fast::sparse_attention")  # type: ignore[untyped-decorator]
 def _sparse_fake(q: Tensor, k: Tensor, v: Tensor, mask: str) -> tuple[Tensor, Tensor]:
     lse_type = torch.float64 if q.dtype == torch.float64 else torch.float32
     return q.new_empty(q.shape), q.new_empty(q.shape[:3], dtype=lse_type)
@@ -85,7 +85,7 @@ def _sparse_backward(
     return dq.contiguous(), dk.contiguous(), dv.contiguous()
 
 
-@torch.library.register_fake("dalle_fast::sparse_attention_backward")
+@torch.library.register_fake("dalle_fast::sparse_attention_backward")  # type: ignore[untyped-decorator]
 def _sparse_backward_fake(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, mask: str
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -113,8 +113,16 @@ torch.library.register_autograd("dalle_fast::sparse_attention", _sparse_grad, se
 
 
 def decode_attention(
-    q: Tensor, k: Tensor, v: Tensor, prefix_k: Tensor, prefix_v: Tensor, tail_k: Tensor, tail_v: Tensor, position: Tensor, mask: Mask
-) -> Tensor:  # fmt: skip
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    prefix_k: Tensor,
+    prefix_v: Tensor,
+    tail_k: Tensor,
+    tail_v: Tensor,
+    position: Tensor,
+    mask: Mask,
+) -> Tensor:
     """Appends the keys and values of n cells to each candidate's tail and attends with their queries.
 
     q, k, v [B, H, n, D]: the cells position … position + n - 1; prefix_k, prefix_v [P, H, T, D]: candidate b belongs to
@@ -125,13 +133,21 @@ def decode_attention(
     _check_decode(q, k, v, prefix_k, prefix_v, tail_k, tail_v, position, mask)
     out: Tensor = torch.ops.dalle_fast.decode_attention(
         q, k, v, prefix_k, prefix_v, tail_k, tail_v, position, str(mask)
-    )  # fmt: skip
+    )
     return out
 
 
 def _check_decode(
-    q: Tensor, k: Tensor, v: Tensor, prefix_k: Tensor, prefix_v: Tensor, tail_k: Tensor, tail_v: Tensor, position: Tensor, mask: Mask
-) -> None:  # fmt: skip
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    prefix_k: Tensor,
+    prefix_v: Tensor,
+    tail_k: Tensor,
+    tail_v: Tensor,
+    position: Tensor,
+    mask: Mask,
+) -> None:
     _check_float("q", q, 4)
     _check_same("k", k, q)
     _check_same("v", v, q)
@@ -158,22 +174,40 @@ def _check_decode(
             f"got position {list(position.shape)} {position.dtype} on {position.device}, expected one int64 on {q.device}"
         )
     if torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v, prefix_k, prefix_v)):
-        raise ValueError("decode_attention is inference only: got an input that requires a gradient, expected torch.no_grad()")
+        raise ValueError(
+            "decode_attention is inference only: got an input that requires a gradient, expected torch.no_grad()"
+        )
 
 
 @torch.library.impl("dalle_fast::decode_attention", "default")
 def _decode(
-    q: Tensor, k: Tensor, v: Tensor, prefix_k: Tensor, prefix_v: Tensor, tail_k: Tensor, tail_v: Tensor, position: Tensor, mask: str
-) -> Tensor:  # fmt: skip
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    prefix_k: Tensor,
+    prefix_v: Tensor,
+    tail_k: Tensor,
+    tail_v: Tensor,
+    position: Tensor,
+    mask: str,
+) -> Tensor:
     module = _backend("decode_attention", q, q.shape[-1])
     out: Tensor = module.decode_attention(q, k, v, prefix_k, prefix_v, tail_k, tail_v, position, mask)
     return out.contiguous()
 
 
-@torch.library.register_fake("dalle_fast::decode_attention")
+@torch.library.register_fake("dalle_fast::decode_attention")  # type: ignore[untyped-decorator]
 def _decode_fake(
-    q: Tensor, k: Tensor, v: Tensor, prefix_k: Tensor, prefix_v: Tensor, tail_k: Tensor, tail_v: Tensor, position: Tensor, mask: str
-) -> Tensor:  # fmt: skip
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    prefix_k: Tensor,
+    prefix_v: Tensor,
+    tail_k: Tensor,
+    tail_v: Tensor,
+    position: Tensor,
+    mask: str,
+) -> Tensor:
     return q.new_empty(q.shape)
 
 
@@ -191,8 +225,15 @@ def check_sampling(temperature: float, top_k: int, top_p: float, vocab: int) -> 
 
 
 def sample(
-    logits: Tensor, candidates: Tensor, position: Tensor, *, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0, seed: int = 0
-) -> Tensor:  # fmt: skip
+    logits: Tensor,
+    candidates: Tensor,
+    position: Tensor,
+    *,
+    temperature: float = 1.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    seed: int = 0,
+) -> Tensor:
     """Draws one token a row: softmax(logits / temperature), kept to the exact top_k tokens (0: all), of those to the
     smallest set whose probability reaches top_p, by Gumbel-max with Philox4x32-10 noise keyed by (seed, candidate, position).
 
@@ -203,7 +244,9 @@ def sample(
     _check_float("logits", logits, 2)
     check_sampling(temperature, top_k, top_p, logits.shape[1])
     if candidates.shape != logits.shape[:1] or candidates.dtype != torch.int64:
-        raise ValueError(f"got candidates {list(candidates.shape)} {candidates.dtype}, expected [{logits.shape[0]}] int64")
+        raise ValueError(
+            f"got candidates {list(candidates.shape)} {candidates.dtype}, expected [{logits.shape[0]}] int64"
+        )
     tokens: Tensor = torch.ops.dalle_fast.sample(logits, temperature, top_k, top_p, seed, candidates, position)
     return tokens
 
@@ -211,16 +254,16 @@ def sample(
 @torch.library.impl("dalle_fast::sample", "default")
 def _sample(
     logits: Tensor, temperature: float, top_k: int, top_p: float, seed: int, candidates: Tensor, position: Tensor
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     module = _backend("sample", logits)
     tokens: Tensor = module.sample(logits, temperature, top_k, top_p, seed, candidates, position)
     return tokens
 
 
-@torch.library.register_fake("dalle_fast::sample")
+@torch.library.register_fake("dalle_fast::sample")  # type: ignore[untyped-decorator]
 def _sample_fake(
     logits: Tensor, temperature: float, top_k: int, top_p: float, seed: int, candidates: Tensor, position: Tensor
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     return logits.new_empty(logits.shape[:1], dtype=torch.int64)
 
 

@@ -64,7 +64,7 @@ class StepPass:
         c = self.cache
         return ops.decode_attention(
             q, k, v, c.prefix_k[layer], c.prefix_v[layer], c.tail_k[layer], c.tail_v[layer], c.position, c.masks[layer]
-        )  # fmt: skip
+        )
 
     def shift(self, branch: int, x: Tensor) -> Tensor:
         ring, width = self.cache.shift[branch], self.cache.config.width

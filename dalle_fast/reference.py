@@ -30,14 +30,22 @@ def sparse_attention_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of sparse_attention's `out`, by autograd through the dense formula."""
     with torch.enable_grad():
-        inputs = [x.detach().requires_grad_() for x in (q, k, v)]
-        dq, dk, dv = torch.autograd.grad(sparse_attention(*inputs, mask)[0], inputs, grad)
+        q, k, v = (x.detach().requires_grad_() for x in (q, k, v))
+        dq, dk, dv = torch.autograd.grad(sparse_attention(q, k, v, mask)[0], (q, k, v), grad)
     return dq, dk, dv
 
 
 def decode_attention(
-    q: Tensor, k: Tensor, v: Tensor, prefix_k: Tensor, prefix_v: Tensor, tail_k: Tensor, tail_v: Tensor, position: Tensor, mask: str
-) -> Tensor:  # fmt: skip
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    prefix_k: Tensor,
+    prefix_v: Tensor,
+    tail_k: Tensor,
+    tail_v: Tensor,
+    position: Tensor,
+    mask: str,
+) -> Tensor:
     """Appends the keys and values of n cells to the tail and attends with their queries.
 
     q, k, v [B, H, n, D]; prefix_k, prefix_v [P, H, T, D]; tail_k, tail_v [B, H, slots, D], changed in place; position: the
@@ -73,7 +81,12 @@ def philox(seed: int, candidate: int, position: int, count: int) -> np.ndarray:
     k0, k1 = seed & 0xFFFFFFFF, (seed >> 32) & 0xFFFFFFFF
     for _ in range(10):
         a, b = c0 * np.uint64(0xD2511F53), c2 * np.uint64(0xCD9E8D57)
-        c0, c1, c2, c3 = (b >> np.uint64(32)) ^ c1 ^ np.uint64(k0), b & low, (a >> np.uint64(32)) ^ c3 ^ np.uint64(k1), a & low
+        c0, c1, c2, c3 = (
+            (b >> np.uint64(32)) ^ c1 ^ np.uint64(k0),
+            b & low,
+            (a >> np.uint64(32)) ^ c3 ^ np.uint64(k1),
+            a & low,
+        )
         k0, k1 = (k0 + 0x9E3779B9) & 0xFFFFFFFF, (k1 + 0xBB67AE85) & 0xFFFFFFFF
     words: np.ndarray = np.stack([c0, c1, c2, c3], axis=1).reshape(-1)[:count].astype(np.uint32)
     return words
@@ -100,7 +113,7 @@ def allowed_tokens(logits: Tensor, temperature: float, top_k: int, top_p: float)
 
 def sample(
     logits: Tensor, temperature: float, top_k: int, top_p: float, seed: int, candidates: Tensor, position: Tensor
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     """Draws one token a row by Gumbel-max from softmax(logits / temperature) restricted to allowed_tokens.
 
     logits [B, V]; candidates [B] int64: each row's random stream; position: a tensor of one integer. Returns [B] int64.
@@ -108,6 +121,8 @@ def sample(
     tokens = []
     for row, candidate in zip(logits, candidates.tolist(), strict=True):
         noise = gumbel(seed, candidate, int(position), len(row)).to(row.device)
-        score = (row.double() / temperature + noise).masked_fill(~allowed_tokens(row, temperature, top_k, top_p), -math.inf)
+        score = (row.double() / temperature + noise).masked_fill(
+            ~allowed_tokens(row, temperature, top_k, top_p), -math.inf
+        )
         tokens.append(int(score.argmax()))
     return torch.tensor(tokens, dtype=torch.int64, device=logits.device)

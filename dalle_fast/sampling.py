@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dalle_fast import ops
+from dalle_fast import backends, ops
 from dalle_fast.engine import Engine
 
 DEFAULT_WAVE = 8
@@ -47,53 +47,86 @@ class Wave:
 
     candidates: Tensor  # [n] int64: their numbers, which key their random streams
     tokens: Tensor  # [n, cells] int64
-    log_likelihood: Tensor  # [n] float64: log p(drawn tokens | caption, known tokens), in nats, before temperature and cuts
+    log_likelihood: Tensor  # [n] float64, nats: log p of the drawn (and scored) tokens, before temperature and cuts
 
 
 def draw(
-    engine: Engine, text: Tensor, candidates: Tensor, settings: SamplingSettings, known: Tensor | None = None
+    engine: Engine,
+    text: Tensor,
+    candidates: Tensor,
+    settings: SamplingSettings,
+    known: Tensor | None = None,
+    score_known: bool = False,
 ) -> Iterator[tuple[int, Tensor, Tensor]]:
     """Draws one batch of candidates of one caption and yields (j, tokens [N], log p [N]) for every image token j in turn.
 
     text [1, caption_len]; candidates [N] int64; known [cells] int64 holds the tokens that are given and -1 where one is to
-    be drawn. Leading known tokens are computed once for all candidates. log p is the model's own log-probability of the
-    token (temperature 1, no guidance, no cuts), and 0 for known tokens.
+    be drawn. Leading known tokens are computed once for all candidates, later runs are fed in chunks, and those after the
+    last drawn token not at all, unless score_known asks for their log p. log p is the model's own log-probability of the
+    token (temperature 1, no guidance, no cuts), and 0 for known tokens that are not scored.
     """
     config, n = engine.config, len(candidates)
     settings.check(config.image_vocab)
     given = torch.full((config.cells,), -1) if known is None else known
     check_known(given, config.cells, config.image_vocab)
+    end = int((given < 0).nonzero().max()) + 1 if bool((given < 0).any()) else 0
+    lead = _run(given, 0)
     guided = settings.guidance_scale != 1
     prompts = torch.cat([text, torch.zeros_like(text)]) if guided else text
-    lead = _run(given, 0)
-    logits = engine.prefill(prompts, 1 if lead else n)
-    device = logits.device
-    given, candidates = given.to(device), candidates.to(device)
-    if 0 < lead < config.cells:
-        logits = engine.feed(given[:lead].expand(len(prompts), -1)).repeat_interleave(n, dim=0)
-        engine.fork(n)
-    nothing = torch.zeros(n, dtype=torch.float64, device=device)
+    shared = 0 < lead < config.cells
+    logits = engine.prefill(prompts, 1 if shared else n)
+    given, candidates = given.to(logits.device), candidates.to(logits.device)
+    nothing = torch.zeros(n, dtype=torch.float64, device=logits.device)
     for j in range(lead):
         yield j, given[j].expand(n), nothing
+    if shared:
+        logits = engine.feed(given[:lead].expand(len(prompts), -1)).repeat_interleave(n, dim=0)
+        engine.fork(n)
     j = lead
     while j < config.cells:
-        if run := _run(given, j):
-            for i in range(j, j + run):
+        fed = 1
+        if given[j] < 0:
+            tokens = _draw_token(engine, logits, candidates, settings, j)
+            yield j, tokens, _log_p(logits[:n], tokens)
+        elif score_known:
+            tokens = given[j].expand(n)
+            yield j, tokens, _log_p(logits[:n], tokens)
+        else:
+            fed = _run(given, j)
+            for i in range(j, j + fed):
                 yield i, given[i].expand(n), nothing
-            j += run
-            if j < config.cells:
-                logits = engine.feed(given[j - run : j].expand(len(logits), -1))
-            continue
-        own = logits[:n]
-        guide = torch.lerp(logits[n:], own, settings.guidance_scale) if guided else own
-        tokens = ops.sample(
-            guide, candidates, torch.tensor([j], device=device), temperature=settings.temperature, top_k=settings.top_k,
-            top_p=settings.top_p, seed=settings.seed,
-        )  # fmt: skip
-        yield j, tokens, (own.gather(1, tokens[:, None]).squeeze(1) - own.logsumexp(1)).double()
-        j += 1
-        if j < config.cells:
-            logits = engine.step(torch.cat([tokens, tokens]) if guided else tokens)
+        j += fed
+        if j == config.cells or (j >= end and not score_known):
+            break
+        if fed > 1:
+            logits = engine.feed(given[j - fed : j].expand(len(logits), -1))
+        else:
+            token = given[j - 1].expand(n) if given[j - 1] >= 0 else tokens
+            logits = engine.step(torch.cat([token, token]) if guided else token)
+    for i in range(j, config.cells):
+        yield i, given[i].expand(n), nothing
+
+
+def _draw_token(engine: Engine, logits: Tensor, candidates: Tensor, settings: SamplingSettings, j: int) -> Tensor:
+    """One token a candidate from logits [N, V], or [2 N, V] where the second half is the empty caption's."""
+    n = len(candidates)
+    if settings.guidance_scale != 1:
+        logits = torch.lerp(logits[n:], logits[:n], settings.guidance_scale)
+    with backends.use(engine.backend):
+        return ops.sample(
+            logits,
+            candidates,
+            torch.tensor([j], device=logits.device),
+            temperature=settings.temperature,
+            top_k=settings.top_k,
+            top_p=settings.top_p,
+            seed=settings.seed,
+        )
+
+
+def _log_p(logits: Tensor, tokens: Tensor) -> Tensor:
+    """The log-probability [N] of tokens [N] under logits [N, V], float64."""
+    return (logits.gather(1, tokens[:, None]).squeeze(1) - logits.logsumexp(1)).double()
 
 
 def sample(
@@ -105,6 +138,7 @@ def sample(
     wave: int = DEFAULT_WAVE,
     first: int = 0,
     known: Tensor | None = None,
+    score_known: bool = False,
     on_token: Callable[[int, Tensor], None] | None = None,
 ) -> Iterator[Wave]:
     """Draws candidates first … first + n - 1 of one caption, `wave` at a time, and yields each finished wave.
@@ -121,7 +155,7 @@ def sample(
         candidates = torch.arange(first + start, first + start + size)
         tokens = torch.empty(size, engine.config.cells, dtype=torch.int64)
         log_likelihood = torch.zeros(size, dtype=torch.float64)
-        for j, drawn, log_p in draw(engine, text, candidates, settings, known):
+        for j, drawn, log_p in draw(engine, text, candidates, settings, known, score_known):
             tokens[:, j] = drawn.cpu()
             log_likelihood += log_p.cpu()
             if on_token is not None:

@@ -39,12 +39,18 @@ class CaptionTokenizer:
         encoding = self._tokenizer.encode(caption)
         ids = encoding.ids
         unknown = [self._tokenizer.token_to_id(name) for name in ("[UNK]", "<UNK>", "<unk>")]
-        content = [i for i, special in zip(ids, encoding.special_tokens_mask, strict=True) if not special and i not in unknown]
+        content = [
+            i for i, special in zip(ids, encoding.special_tokens_mask, strict=True) if not special and i not in unknown
+        ]
         if not content:
-            raise CaptionError(f"got caption {caption!r}, in which this model's tokenizer knows no word, expected its script")
+            raise CaptionError(
+                f"got caption {caption!r}, in which this model's tokenizer knows no word, expected its script"
+            )
         if len(ids) > self.caption_len:
             if not truncate:
-                raise CaptionError(f"got a caption of {len(ids)} tokens, expected at most {self.caption_len} (or truncate it)")
+                raise CaptionError(
+                    f"got a caption of {len(ids)} tokens, expected at most {self.caption_len} (or truncate it)"
+                )
             ids = ids[: self.caption_len]
         return torch.tensor([ids + [0] * (self.caption_len - len(ids))])
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from functools import lru_cache
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -41,8 +42,15 @@ def _piece(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None, causal: 
 
 
 def _piece_backward(
-    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, bias: Tensor | None = None, causal: bool = False
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    bias: Tensor | None = None,
+    causal: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:
     if _fused(q):
         return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(  # type: ignore[no-any-return]
             grad, q, k, v, out, lse, 0.0, causal, attn_mask=bias
@@ -55,7 +63,9 @@ def _piece_backward(
 
 
 def _scores(q: Tensor, k: Tensor, bias: Tensor | None, causal: bool) -> Tensor:
-    scores = (q @ k.transpose(-2, -1)).to(torch.float64 if q.dtype == torch.float64 else torch.float32) / math.sqrt(q.shape[-1])
+    scores = (q @ k.transpose(-2, -1)).to(torch.float64 if q.dtype == torch.float64 else torch.float32) / math.sqrt(
+        q.shape[-1]
+    )
     if causal:
         scores = scores.masked_fill(torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).triu(1), -math.inf)
     return scores if bias is None else scores + bias
@@ -96,8 +106,12 @@ def _tiles(mask: Mask, cells: int, device: torch.device, dtype: torch.dtype) -> 
     queries = order[: count * TILE].view(count, TILE)
     offsets = torch.from_numpy(plan.offsets[: count + 1]).long()
     most = int(offsets.diff().max())
-    blocks = torch.stack([F.pad(torch.from_numpy(plan.blocks[a:b]).long(), (0, most - int(b - a)), value=-1)
-                          for a, b in zip(offsets[:-1], offsets[1:], strict=True)])  # [tiles, most], -1: none  # fmt: skip
+    blocks = torch.stack(
+        [
+            F.pad(torch.from_numpy(plan.blocks[a:b]).long(), (0, most - (b - a)), value=-1)
+            for a, b in pairwise(offsets.tolist())
+        ]
+    )  # [tiles, most], -1: none
     keys = order.view(-1, TILE)[blocks.clamp(min=0)].view(count, -1)
     allowed = torch.from_numpy(mask.allowed(queries[:, :, None].numpy(), keys[:, None, :].numpy()))
     allowed &= (blocks >= 0).repeat_interleave(TILE, 1)[:, None, :]
@@ -141,9 +155,11 @@ def sparse_attention(q: Tensor, k: Tensor, v: Tensor, mask: str) -> tuple[Tensor
     if isinstance(tiles, Tensor):
         local = _piece(iq, ik, iv, bias=tiles)
     else:
-        piece = _piece(_take(iq, tiles.queries), _take(ik, tiles.keys), _take(iv, tiles.keys), bias=_repeat(tiles.bias, batch))
+        piece = _piece(
+            _take(iq, tiles.queries), _take(ik, tiles.keys), _take(iv, tiles.keys), bias=_repeat(tiles.bias, batch)
+        )
         count, width = tiles.queries.shape
-        out = piece[0].unflatten(0, (batch, count)).transpose(1, 2).flatten(2, 3)[:, :, tiles.place]
+        out = piece[0].view(batch, count, -1, width, q.shape[3]).transpose(1, 2).flatten(2, 3)[:, :, tiles.place]
         lse = piece[1].view(batch, count, -1, width).transpose(1, 2).flatten(2, 3)[:, :, tiles.place]
         local = (out, lse)
     image_out, image_lse = _join(_piece(iq, tk, tv), local)
@@ -170,9 +186,14 @@ def sparse_attention_backward(
         once[tiles.place] = 1
         tile_grad = _take(ig, tiles.queries) * once.view(1, -1, 1, TILE, 1).expand(batch, -1, -1, -1, -1).flatten(0, 1)
         pieces = _piece_backward(
-            tile_grad, _take(iq, tiles.queries), _take(ik, tiles.keys), _take(iv, tiles.keys), _take(io, tiles.queries),
-            _take(il[..., None], tiles.queries)[..., 0].contiguous(), bias=_repeat(tiles.bias, batch),
-        )  # fmt: skip
+            tile_grad,
+            _take(iq, tiles.queries),
+            _take(ik, tiles.keys),
+            _take(iv, tiles.keys),
+            _take(io, tiles.queries),
+            _take(il[..., None], tiles.queries)[..., 0].contiguous(),
+            bias=_repeat(tiles.bias, batch),
+        )
         dq, dk, dv = pieces
         local = (_put(dq, tiles.queries, cells), _put(dk, tiles.keys, cells), _put(dv, tiles.keys, cells))
     return (
@@ -186,7 +207,7 @@ def sparse_attention_backward(
 
 
 class _Reads(NamedTuple):
-    """Device copies of a mask's decode tables, and on a CPU the contiguous run of slots a cell reads, where there is one."""
+    """Device copies of a mask's decode tables; on a CPU also the contiguous run of slots a cell reads, if it is one."""
 
     slot_of_cell: Tensor  # [cells]
     slots: Tensor  # [cells, max_neighbours]
@@ -210,8 +231,16 @@ def _reads(mask: Mask, slots: int, device: torch.device) -> _Reads:
 
 
 def decode_attention(
-    q: Tensor, k: Tensor, v: Tensor, prefix_k: Tensor, prefix_v: Tensor, tail_k: Tensor, tail_v: Tensor, position: Tensor, mask: str
-) -> Tensor:  # fmt: skip
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    prefix_k: Tensor,
+    prefix_v: Tensor,
+    tail_k: Tensor,
+    tail_v: Tensor,
+    position: Tensor,
+    mask: str,
+) -> Tensor:
     batch, heads, n, dim = q.shape
     prompts = prefix_k.shape[0]
     reads = _reads(Mask.parse(mask), tail_k.shape[2], q.device)
@@ -267,7 +296,7 @@ def gumbel(seed: int, candidates: Tensor, position: Tensor, count: int) -> Tenso
 
 def sample(
     logits: Tensor, temperature: float, top_k: int, top_p: float, seed: int, candidates: Tensor, position: Tensor
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     vocab = logits.shape[1]
     noise = gumbel(seed, candidates, position, vocab)
     scaled = logits.float() / temperature

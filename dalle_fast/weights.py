@@ -49,7 +49,7 @@ def save(path: Path, state: Mapping[str, Tensor]) -> None:
 
 def load(
     path: Path, expected: Mapping[str, Tensor], *, dtype: torch.dtype | None = None, device: torch.device | str = "cpu"
-) -> dict[str, Tensor]:  # fmt: skip
+) -> dict[str, Tensor]:
     """Reads the tensors named in `expected` (their shapes count, meta tensors will do), floating ones in `dtype`.
 
     Raises WeightError listing every problem: missing and unexpected names, other shapes, values that are not finite.
@@ -57,7 +57,7 @@ def load(
     problems: list[str] = []
     state: dict[str, Tensor] = {}
     try:
-        with safe_open(path, framework="pt") as file:  # type: ignore[no-untyped-call]
+        with safe_open(path, framework="pt") as file:
             names = set(file.keys())
             problems += [f"{name} is missing" for name in expected if name not in names]
             problems += [f"{name} is unexpected" for name in sorted(names - set(expected))]
