@@ -22,6 +22,10 @@ if not torch.cuda.is_available():
 
 import dalle_fast
 
+# `with torch.device(...)` recognises torch.empty by identity, and remembers it when first used: before we replace it below.
+# Without this line a 12-billion-parameter model "on the meta device" would be allocated.
+torch.utils._device._device_constructors()
+
 # Two workers of pytest-xdist with two threads each would fight for two cores.
 if (workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))) > 1:
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // workers))
