@@ -10,17 +10,25 @@ _PUBLIC = {
     "SequenceLayout": "layout",
     "Pattern": "masks",
     "Mask": "masks",
-    "ModelConfig": "model",
+    "ModelConfig": "config",
     "DalleModel": "model",
-    "DiscreteVAE": "images",
+    "SamplingSettings": "sampling",
+    "DVAE": "images",
+    "Picture": "pipeline",
     "Pipeline": "pipeline",
 }
 __all__ = ["__version__", *_PUBLIC]
 
 if TYPE_CHECKING:
+    from dalle_fast.config import ModelConfig as ModelConfig
+    from dalle_fast.images import DVAE as DVAE
     from dalle_fast.layout import SequenceLayout as SequenceLayout
     from dalle_fast.masks import Mask as Mask
     from dalle_fast.masks import Pattern as Pattern
+    from dalle_fast.model import DalleModel as DalleModel
+    from dalle_fast.pipeline import Picture as Picture
+    from dalle_fast.pipeline import Pipeline as Pipeline
+    from dalle_fast.sampling import SamplingSettings as SamplingSettings
 
 
 def __getattr__(name: str) -> Any:

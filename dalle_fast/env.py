@@ -46,6 +46,33 @@ def describe() -> str:
     return "\n".join([*_versions(), "", *_machine(), "", *_build(), "", *_backends()])
 
 
+def describe_preset(name: str) -> str:
+    """Size of a model preset: parameters, bytes of weights, what a candidate adds to the cache. Allocates nothing.
+
+    Raises ValueError for an unknown preset.
+    """
+    import torch
+
+    from dalle_fast.cache import Cache
+    from dalle_fast.config import ModelConfig
+    from dalle_fast.model import DalleModel
+
+    config = ModelConfig.preset(name)
+    with torch.device("meta"):
+        model = DalleModel(config)
+    parameters = sum(p.numel() for p in model.parameters())
+    cache = Cache(config, 1, 1, dtype=torch.bfloat16, device="meta")
+    tail, prefix = cache.tail_nbytes(), cache.nbytes() - cache.tail_nbytes()
+    dense = 2 * config.layers * config.heads * config.head_dim * config.layout.total * 2
+    shape = f"{config.layers} layers, {config.dim} wide, {config.heads} heads of {config.head_dim}, {config.layout}"
+    return (
+        f"{name}: {shape}\n"
+        f"parameters: {parameters:,} with embeddings; {parameters * 2 / 1e9:.3f} GB in bfloat16\n"
+        f"cache in bfloat16: {prefix / 1e6:.2f} MB a prompt and {tail / 1e6:.2f} MB a candidate; "
+        f"a dense cache takes {dense / 1e6:.2f} MB a candidate"
+    )
+
+
 def _versions() -> Iterator[str]:
     yield f"dalle_fast {dalle_fast.__version__} ({Path(dalle_fast.__file__).parent})"
     yield f"Python {platform.python_version()}, {platform.system()} {platform.machine()}"

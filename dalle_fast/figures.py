@@ -27,6 +27,11 @@ LEGEND = (
     ("not read", NOT_READ),
     ("one cell", QUERY),
 )
+PATTERNS = (
+    *("full", "row", "row(window=in_row)", "column"),
+    *("conv", "conv(boundary=clip)", "conv(boundary=torus)", "conv(kernel=5,boundary=quadrant)"),
+)
+TILE = 64  # rows and columns of the tiles that mask_table counts
 PANEL = 264  # pixels a side of a panel's matrix, at least
 GAP = 28
 
@@ -65,6 +70,21 @@ def draw_masks(masks: Sequence[Mask], cells: Sequence[int | None] = (), columns:
         draw.text((x + 20, y - 1), text, fill=INK, font=_font(13))
         x += 38 + int(draw.textlength(text, font=_font(13)))
     return sheet
+
+
+def mask_table(masks: Sequence[Mask]) -> str:
+    """What each mask costs, a line each: the cells that one cell reads, how far back, the slots of a candidate's tail,
+    and the tiles that a pass over the whole sequence computes, next to dense causal attention."""
+    titles = ("pattern", "neighbours", "mean", "reach", "ring", "tail slots", f"{TILE}x{TILE} tiles", "of causal")
+    rows: list[tuple[str, ...]] = [titles]
+    for mask in masks:
+        counts = mask.neighbours()[1]
+        tiles = mask.block_plan(TILE, TILE).tiles(mask.layout.text_len)
+        causal = Mask(Pattern(), mask.layout).block_plan(TILE, TILE).tiles(mask.layout.text_len)
+        numbers = (counts.max(), f"{counts.mean():.1f}", mask.reach, mask.ring(), mask.tail_slots(), tiles)
+        rows.append((str(mask.pattern), *map(str, numbers), f"{tiles / causal:.0%}"))
+    width = max(len(row[0]) for row in rows)
+    return "\n".join(row[0].ljust(width) + "".join(text.rjust(12) for text in row[1:]) for row in rows)
 
 
 def fit_kernel(pattern: Pattern, side: int) -> Pattern:
