@@ -1,0 +1,179 @@
+"""The machine at hand: its name, its clock, the memory in use, and the limits that physics sets it, measured.
+
+A limit is a rate that no program beats: reading memory once, copying it, multiplying matrices. Reading depends on how much
+is read again and again, because caches are faster than memory: a 512-wide model in int8 fits the last cache of a server
+CPU. So the read rate is measured at several sizes, and a case is held against the rate of its own size.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+ON_GPU = DEVICE.type == "cuda"
+READ_MB = (16, 32, 64, 128, 512) if not ON_GPU else (64, 256, 1024, 4096)
+
+
+def name() -> str:
+    from dalle_fast.env import cpu
+
+    return torch.cuda.get_device_name() if ON_GPU else f"{cpu()[0]}, {os.cpu_count()} cores"
+
+
+def describe() -> dict[str, Any]:
+    """What a results file says about where it was measured."""
+    from dalle_fast.env import cpu
+
+    return {
+        "device": name(),
+        "cpu_flags": cpu()[1],
+        "threads": torch.get_num_threads(),
+        "date": date.today().isoformat(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+    }
+
+
+class Clock:
+    """A pytest-benchmark timer in seconds. On a GPU it reads events, so that launching ahead costs nothing, and adds up
+    short intervals, because an event's float32 milliseconds would be coarse after minutes."""
+
+    def __init__(self) -> None:
+        self.last: Any = None
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        if not ON_GPU:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        event.synchronize()
+        if self.last is not None:
+            self.now += self.last.elapsed_time(event) / 1e3
+        self.last = event
+        return self.now
+
+
+clock = Clock()
+
+
+class Batch:
+    """Calls `run` on each set of inputs in turn, on a GPU as one replayed CUDA graph: one round of a benchmark. Enough
+    sets that together exceed the caches make every call read memory."""
+
+    def __init__(self, run: Callable[..., Any], inputs: list[tuple[Any, ...]]) -> None:
+        self.run, self.inputs, self.calls = run, inputs, len(inputs)
+        self.graph: Any = None
+        if ON_GPU:
+            for each in inputs[:3]:
+                run(*each)
+            torch.cuda.synchronize()
+            self.graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self.graph):
+                self._all()
+
+    def _all(self) -> None:
+        for each in self.inputs:
+            self.run(*each)
+
+    def __call__(self) -> None:
+        self.graph.replay() if self.graph else self._all()
+
+
+def reset_peak() -> int:
+    """Forgets the highest memory use so far; returns the bytes held now."""
+    if ON_GPU:
+        torch.cuda.reset_peak_memory_stats()
+        return torch.cuda.memory_allocated()
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+        return _status("VmRSS")
+    except OSError:
+        return 0
+
+
+def peak() -> int:
+    """The highest memory use since reset_peak, in bytes; 0 where the system does not tell."""
+    return torch.cuda.max_memory_allocated() if ON_GPU else _status("VmHWM")
+
+
+def _status(key: str) -> int:
+    try:
+        lines = Path("/proc/self/status").read_text().splitlines()
+    except OSError:
+        return 0
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(key)), 0)
+
+
+# Limits.
+
+
+def _best(run: Callable[[], Any], seconds: float) -> float:
+    """The best of the medians of five groups of calls, in seconds a call: what is possible, neighbours aside."""
+    run()
+    start = clock()
+    run()
+    calls = max(1, int(seconds / 5 / max(clock() - start, 1e-6)))
+    groups = []
+    for _ in range(5):
+        times = []
+        for _ in range(calls):
+            start = clock()
+            run()
+            times.append(clock() - start)
+        groups.append(statistics.median(times))
+    return min(groups)
+
+
+def measure_limits(seconds: float = 0.4) -> dict[str, Any]:
+    """{"read": {bytes: bytes/s}, "copy": bytes/s, "matmul": {dtype: FLOP/s}}, each measured for about `seconds`."""
+    read = {}
+    for size in READ_MB:
+        data = torch.randn(size * 2**18, device=DEVICE).view(2 * torch.get_num_threads(), -1)
+        row = torch.randn(data.shape[1], device=DEVICE)
+        # Whatever reads fastest is the limit: a sum, or a product with a vector that stays in the cache.
+        best = min(_best(data.sum, seconds), _best(lambda d=data, r=row[: 2**14]: d.view(-1, 2**14) @ r, seconds))
+        read[str(data.nbytes)] = data.nbytes / best
+    source = torch.randn(READ_MB[-1] * 2**18, device=DEVICE)
+    target = torch.empty_like(source)
+    copy = 2 * source.nbytes / _best(lambda: target.copy_(source), seconds)
+    side = 8192 if ON_GPU else 1024
+    matmul = {}
+    for dtype in (torch.bfloat16, torch.float32):
+        a, b = (torch.randn(side, side, device=DEVICE).to(dtype) for _ in "ab")
+        matmul[str(dtype).removeprefix("torch.")] = 2 * side**3 / _best(lambda a=a, b=b: a @ b, seconds)
+    a, b = (torch.randint(-100, 100, (side, side), device=DEVICE, dtype=torch.int8) for _ in "ab")
+    matmul["int8"] = max(matmul["bfloat16"], 2 * side**3 / _best(lambda: torch._int_mm(a, b), seconds))
+    return {"read": read, "copy": copy, "matmul": matmul}
+
+
+def floor(limits: dict[str, Any], nbytes: float, flops: float, dtype: str) -> float:
+    """The seconds that reading `nbytes` or computing `flops` takes at the least, whichever is longer."""
+    sizes = sorted((int(size), rate) for size, rate in limits["read"].items())
+    rate = sizes[-1][1]
+    for (low, fast), (high, slow) in zip(sizes, sizes[1:], strict=False):
+        if nbytes <= low:
+            rate = fast
+            break
+        if nbytes < high:
+            share = math.log(nbytes / low) / math.log(high / low)
+            rate = fast * (slow / fast) ** share
+            break
+    kind = dtype if dtype in limits["matmul"] else "bfloat16"  # int4 and float16 are computed in 16 bits
+    return max(nbytes / rate, flops / limits["matmul"][kind])
+
+
+def poke(x: Tensor) -> Tensor:
+    """The tensor, with NaN in every element: an output that nobody writes is noticed."""
+    return x.fill_(math.nan)
