@@ -1,0 +1,65 @@
+"""Training examples: scenes as image codes, captions as text ids, drawn afresh for every step."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+import numpy as np
+import torch
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
+from torch.utils.data import Dataset
+
+from . import render
+from .grammar import captions, sample_caption, sample_scene
+from .steady_codes import Codebook
+
+TEXT_VOCAB = 256
+
+
+def train_tokenizer(path: Path, scenes: int = 4000, seed: int = 3) -> Tokenizer:
+    """A BPE of the grammar's captions, lower-cased; id 0 is the pad. Every word of the grammar becomes one token."""
+    rng = np.random.default_rng(seed)
+    lines = [line for _ in range(scenes) for line in captions(sample_scene(rng))]
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.normalizer = normalizers.Lowercase()
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    letters = list("abcdefghijklmnopqrstuvwxyz0123456789',.-!?")
+    tokenizer.train_from_iterator(lines, trainers.BpeTrainer(
+        vocab_size=TEXT_VOCAB, special_tokens=["[PAD]"], initial_alphabet=letters, show_progress=False))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    tokenizer.save(str(path))
+    return tokenizer
+
+
+class Batches(Dataset):
+    """Item i is the batch of step i: text [B, caption_len] int64, codes [B, 1024] int64. Depends on the seed and i alone.
+
+    A tenth of the captions is dropped (all pads), so that guidance has something to steer away from.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, codebook: Codebook, size: int, caption_len: int, seed: int, steps: int) -> None:
+        self.tokenizer, self.codebook, self.size = tokenizer, codebook, size
+        self.caption_len, self.seed, self.steps = caption_len, seed, steps
+
+    def __len__(self) -> int:
+        return self.steps
+
+    def __getitem__(self, step: int) -> tuple[torch.Tensor, torch.Tensor]:
+        rng = np.random.default_rng((self.seed, step))
+        text = torch.zeros(self.size, self.caption_len, dtype=torch.int64)
+        codes = []
+        for i in range(self.size):
+            scene = sample_scene(rng)
+            caption = sample_caption(scene, rng)
+            codes.append(torch.from_numpy(self.codebook.label(*render.layout(scene, rng))))
+            if rng.random() >= 0.1:
+                ids = self.tokenizer.encode(caption).ids
+                text[i, :len(ids)] = torch.tensor(ids)
+        return text, torch.stack(codes)
+
+
+def seed_everything(seed: int) -> None:
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)

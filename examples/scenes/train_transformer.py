@@ -1,0 +1,179 @@
+"""Trains the bundled transformer; the same command on a GPU or a CPU, resumes from its checkpoint.
+
+`python -m examples.scenes.train_transformer --help`. The learning rate is constant until the last `--decay` steps, which take it to
+zero: a run may be prolonged by resuming its checkpoint with more `--steps`. Until the decay the text section has 32 positions, which
+every caption of the grammar fits into and which halves the work; then the model gets its 256.
+Matrices learn by Muon, everything else by AdamW. Weights are float32, arithmetic is bfloat16.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import math
+import os
+import time
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from tqdm import tqdm
+
+from dalle_fast.config import ModelConfig
+from dalle_fast.model import DalleModel
+from dalle_fast.passes import FullPass, Pass
+
+from .data import TEXT_VOCAB, Batches, seed_everything, train_tokenizer
+from .steady_codes import Codebook
+from .tiled_attention import TiledPass
+
+SHORT_TEXT, TEXT = 32, 256
+REPEAT_WEIGHT = 0.2  # of a code equal to both its left and its upper neighbour: most of a picture, and soon certain
+
+
+def config_of(dim: int, layers: int, caption_len: int) -> ModelConfig:
+    patterns = ("row", "column", "row", "row") * (layers // 4 + 1)
+    return ModelConfig(dim=dim, layers=layers, heads=dim // 64, patterns=(*patterns[:layers - 1], "conv(kernel=5,boundary=flat)"),
+                       caption_len=caption_len, text_vocab=TEXT_VOCAB, image_vocab=512)
+
+
+def start_positions(model: DalleModel) -> None:
+    """Sinusoids for rows and columns, so that "one to the left, one above" is linear in them from the first step on."""
+    half = model.config.dim // 2
+    for table, place in ((model.row_positions, slice(0, half)), (model.column_positions, slice(half, None))):
+        angle = torch.arange(len(table))[:, None] * torch.exp(-math.log(64.0) * torch.arange(half // 2) / (half // 2))
+        table.data.zero_()
+        table.data[:, place] = 0.03 * torch.cat([angle.sin(), angle.cos()], -1)
+
+
+def with_text(model: DalleModel, caption_len: int) -> DalleModel:
+    """The same model with more text positions; new pads start as the last one did, with noise."""
+    old = model.config
+    longer = DalleModel(old.replace(caption_len=caption_len))
+    state, extra = dict(model.state_dict()), caption_len - old.caption_len
+    for name in ("text_embedding.weight", "head.weight", "head.bias"):
+        cut = old.text_logits
+        pad = state[name][cut - 1:cut]
+        pad = pad.expand(extra, *pad.shape[1:])
+        state[name] = torch.cat([state[name][:cut], pad + 0.002 * torch.randn_like(pad), state[name][cut:]])
+    last = state["text_positions"][-1:].expand(extra, -1)
+    state["text_positions"] = torch.cat([state["text_positions"], last + 0.002 * torch.randn_like(last)])
+    longer.load_state_dict(state)
+    return longer
+
+
+def losses(model: DalleModel, text: Tensor, image: Tensor, run: Pass) -> tuple[Tensor, Tensor, Tensor]:
+    """The weighted loss (1/8 text, 7/8 image), and the plain means of both in nats a token."""
+    section, width = model.text_section(text), model.config.width
+    x = torch.cat([model.embed_section(section), model.embed_start(section), model.embed_image(image[:, :-1])], dim=1)
+    x = model.run_blocks(x, run)
+    count = section.shape[1]
+    text_loss = F.cross_entropy(model.text_logits(x[:, :count - 1]).flatten(0, 1).float(), section[:, 1:].flatten())
+    each = F.cross_entropy(model.image_logits(x[:, count:]).flatten(0, 1).float(), image.flatten(), reduction="none")
+    grid = image.view(-1, model.config.height, width)
+    repeat = torch.zeros_like(grid, dtype=torch.bool)
+    repeat[:, 1:, 1:] = (grid[:, 1:, 1:] == grid[:, :-1, 1:]) & (grid[:, 1:, 1:] == grid[:, 1:, :-1])
+    weight = torch.where(repeat.flatten(), REPEAT_WEIGHT, 1.0)
+    image_loss = (each * weight).sum() / weight.sum()
+    return text_loss / 8 + image_loss * 7 / 8, text_loss.detach(), each.mean().detach()
+
+
+class Training:
+    """Float32 weights, their bfloat16 working copy, and the two optimizers."""
+
+    def __init__(self, model: DalleModel, device: str, lr: float, matrix_lr: float) -> None:
+        self.model, self.device = model.to(device), device
+        self.fast = copy.deepcopy(self.model).bfloat16()
+        self.run: Pass = TiledPass(model.masks, torch.bfloat16) if device == "cpu" else FullPass(model.masks, None)
+        matrices = [p for p in self.model.blocks.parameters() if p.ndim == 2]
+        chosen = {id(p) for p in matrices}
+        rest = [p for p in self.model.parameters() if id(p) not in chosen]
+        self.optimizers = [(torch.optim.Muon(matrices, lr=matrix_lr, momentum=0.95, weight_decay=0.0), matrix_lr),
+                           (torch.optim.AdamW(rest, lr=lr, betas=(0.9, 0.95), weight_decay=0.0), lr)]
+
+    def step(self, text: Tensor, image: Tensor, scale: float) -> tuple[float, float]:
+        """One update at `scale` times the learning rates; returns the mean text and image losses."""
+        pairs = list(zip(self.fast.parameters(), self.model.parameters(), strict=True))
+        with torch.no_grad():
+            for fast, p in pairs:
+                fast.copy_(p)
+                fast.grad = None
+        loss, text_loss, image_loss = losses(self.fast, text.to(self.device), image.to(self.device), self.run)
+        loss.backward()
+        for fast, p in pairs:
+            p.grad = fast.grad.float()
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        for optimizer, lr in self.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = lr * scale
+            optimizer.step()
+        return float(text_loss), float(image_loss)
+
+    def state(self) -> dict:
+        return {"model": self.model.state_dict(), "optimizers": [o.state_dict() for o, _ in self.optimizers]}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, required=True, help="the model folder; its checkpoint is training.pt in there")
+    parser.add_argument("--steps", type=int, default=4000)
+    parser.add_argument("--decay", type=int, default=1000, help="steps of the final decay, trained with the whole text section")
+    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--dim", type=int, default=192)
+    parser.add_argument("--layers", type=int, default=12)
+    parser.add_argument("--lr", type=float, default=2e-3, help="of AdamW")
+    parser.add_argument("--matrix-lr", type=float, default=0.01, help="of Muon")
+    parser.add_argument("--workers", type=int, default=0, help="processes that draw scenes")
+    parser.add_argument("--save-every", type=int, default=100)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    args = parser.parse_args()
+    seed_everything(args.seed)
+    tokenizer = train_tokenizer(args.out / "tokenizer.json")
+    checkpoint = args.out / "training.pt"
+    state = torch.load(checkpoint, map_location="cpu", weights_only=True) if checkpoint.exists() else None
+    step = state["step"] if state else 0
+    model = DalleModel(config_of(args.dim, args.layers, state["text"] if state else SHORT_TEXT))
+    start_positions(model)
+    if state:
+        model.load_state_dict(state["model"])
+    training = Training(model, args.device, args.lr, args.matrix_lr)
+    if state:
+        for (optimizer, _), saved in zip(training.optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(saved)
+    codebook = Codebook.build(512)
+    print(f"{sum(p.numel() for p in model.parameters())} parameters, from step {step} to {args.steps}", flush=True)
+    mean, started = None, time.time()
+    bar = tqdm(total=args.steps, initial=step, desc="transformer", mininterval=10)
+    while step < args.steps:
+        decaying = step >= args.steps - args.decay
+        if decaying and training.model.config.caption_len < TEXT:
+            torch.manual_seed(args.seed + 1)
+            before = training.state()
+            training = Training(with_text(training.model.cpu(), TEXT), args.device, args.lr, args.matrix_lr)
+            training.optimizers[0][0].load_state_dict(before["optimizers"][0])  # the matrices keep their shapes
+        end = args.steps if decaying else args.steps - args.decay
+        data = Batches(tokenizer, codebook, args.batch, training.model.config.caption_len, args.seed, args.steps)
+        loader = torch.utils.data.DataLoader(data, batch_size=None, sampler=range(step, end), num_workers=args.workers)
+        for text, image in loader:
+            scale = min(1.0, (step + 1) / 100, (args.steps - step) / args.decay)
+            loss = training.step(text, image, scale)
+            mean = loss if mean is None else tuple(0.98 * m + 0.02 * x for m, x in zip(mean, loss, strict=True))
+            step += 1
+            bar.update()
+            if step % 20 == 0:
+                rate = args.batch * (step - bar.initial) / (time.time() - started)
+                bar.set_postfix_str(f"text {mean[0]:.4f} image {mean[1]:.5f} nats/token, {rate:.2f} sequences/s")
+            if step % args.save_every == 0 or step == args.steps:
+                saved = {**training.state(), "step": step, "text": training.model.config.caption_len}
+                torch.save(saved, checkpoint.with_suffix(".tmp"))
+                os.replace(checkpoint.with_suffix(".tmp"), checkpoint)
+                tqdm.write(f"step {step} ({step * args.batch} sequences): text {mean[0]:.4f}, image {mean[1]:.5f}", nolock=True)
+    final = copy.deepcopy(training.model).cpu().half()
+    final.save(args.out)
+    print(f"wrote {args.out}: {args.steps * args.batch} sequences seen", flush=True)
+
+
+if __name__ == "__main__":
+    main()
