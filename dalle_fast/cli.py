@@ -156,10 +156,12 @@ def run_sample(arguments: argparse.Namespace) -> int:
         pictures, finished = [], True
         try:
             for picture in _drawn(pipeline, arguments, settings, wave):
-                _write_png(out / file_name(picture), picture.image)
                 pictures.append(picture)
+                _write_png(out / file_name(picture), picture.image)
         except KeyboardInterrupt:
             finished = False
+            for picture in pictures[-1:]:  # perhaps interrupted while it was being written
+                _write_png(out / file_name(picture), picture.image)
         if not pictures:
             raise KeyboardInterrupt
         if ranked and finished:
