@@ -16,6 +16,7 @@ import hypothesis
 import numpy as np
 import pytest
 import torch
+import torch.utils._device as torch_device
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # triton reads it when a kernel is defined: before we import any
@@ -24,7 +25,7 @@ import dalle_fast
 
 # `with torch.device(...)` recognises torch.empty by identity, and remembers it when first used: before we replace it below.
 # Without this line a 12-billion-parameter model "on the meta device" would be allocated.
-torch.utils._device._device_constructors()
+torch_device._device_constructors()
 
 # Two workers of pytest-xdist with two threads each would fight for two cores.
 if (workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))) > 1:
