@@ -2,8 +2,15 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <memory>
+#include <stdexcept>
 #include <string>
+#include <utility>
 #include <vector>
+
+#include "cpu/engine.h"
+#include "cpu/ops.h"
+#include "params.h"
 
 namespace py = pybind11;
 
@@ -20,9 +27,187 @@ static std::vector<std::string> cpu_features() {
   return found;
 }
 
+// The CPU kernels. Python checks shapes and types, and keeps every tensor alive during the call.
+namespace cpu = dalle_fast::cpu;
+using dalle_fast::DType;
+using dalle_fast::Epilogue;
+
+template <class T>
+static T* at(uintptr_t address) {
+  return reinterpret_cast<T*>(address);
+}
+
+static std::vector<float> floats(uintptr_t address, size_t count) {
+  return address ? std::vector<float>(at<const float>(address), at<const float>(address) + count)
+                 : std::vector<float>();
+}
+
+static std::vector<int32_t> ints(uintptr_t address, size_t count) {
+  return std::vector<int32_t>(at<const int32_t>(address), at<const int32_t>(address) + count);
+}
+
+static std::unique_ptr<cpu::PackedLinear> pack(const py::dict& w, int threads) {
+  const cpu::WeightSource source{w["source_dtype"].cast<DType>(),
+                                 at<const void>(w["data"].cast<uintptr_t>()),
+                                 at<const float>(w["scale"].cast<uintptr_t>()),
+                                 at<const float>(w["bias"].cast<uintptr_t>()),
+                                 at<const float>(w["output_scale"].cast<uintptr_t>()),
+                                 w["rows"].cast<int>(),
+                                 w["inputs"].cast<int>(),
+                                 w["geglu"].cast<bool>()};
+  const DType type = w["dtype"].cast<DType>();
+  py::gil_scoped_release release;
+  return std::make_unique<cpu::PackedLinear>(type, source, threads);
+}
+
+static cpu::EngineShape engine_shape(const py::dict& d) {
+  cpu::EngineShape s{};
+#define DF_FIELD(name) s.name = d[#name].cast<decltype(s.name)>()
+  DF_FIELD(dim), DF_FIELD(hidden), DF_FIELD(heads), DF_FIELD(head_dim), DF_FIELD(text_len), DF_FIELD(height),
+      DF_FIELD(width);
+  DF_FIELD(image_vocab), DF_FIELD(first_cell), DF_FIELD(first_place), DF_FIELD(rotary_dim), DF_FIELD(final_norms);
+  DF_FIELD(sandwich_norm), DF_FIELD(token_shift), DF_FIELD(reversible), DF_FIELD(activation), DF_FIELD(norm_eps),
+      DF_FIELD(cache), DF_FIELD(chunk);
+#undef DF_FIELD
+  return s;
+}
+
+static cpu::Norm norm(const py::object& pair, size_t dim) {  // (address of weight, address of bias) or None
+  if (pair.is_none()) return {};
+  const auto [weight, bias] = pair.cast<std::pair<uintptr_t, uintptr_t>>();
+  return {floats(weight, dim), floats(bias, dim)};
+}
+
+static void add_layer(cpu::Engine& engine, const py::dict& d, int threads) {
+  const size_t dim = static_cast<size_t>(engine.shape().dim), cells = static_cast<size_t>(engine.cells());
+  cpu::LayerWeights layer;
+  layer.attention_norm = norm(d["attention_norm"], dim), layer.mlp_norm = norm(d["mlp_norm"], dim);
+  layer.attention_norm_out = norm(d["attention_norm_out"], dim), layer.mlp_norm_out = norm(d["mlp_norm_out"], dim);
+  layer.qkv = pack(d["qkv"].cast<py::dict>(), threads), layer.out = pack(d["out"].cast<py::dict>(), threads);
+  layer.up = pack(d["up"].cast<py::dict>(), threads), layer.down = pack(d["down"].cast<py::dict>(), threads);
+  cpu::TailTables& t = layer.tail;
+  t.slots = d["slots"].cast<int>(), t.max_neighbours = d["max_neighbours"].cast<int>();
+  t.slot_of_cell = ints(d["slot_of_cell"].cast<uintptr_t>(), cells);
+  t.neighbour_slots = ints(d["neighbour_slots"].cast<uintptr_t>(), cells * static_cast<size_t>(t.max_neighbours));
+  t.neighbour_count = ints(d["neighbour_count"].cast<uintptr_t>(), cells);
+  engine.add_layer(std::move(layer));
+}
+
+static void set_embedding(cpu::Engine& engine, DType type, uintptr_t tokens, uintptr_t rows, uintptr_t columns) {
+  const cpu::EngineShape& s = engine.shape();
+  const size_t dim = static_cast<size_t>(s.dim), bytes = s.image_vocab * dim * (type == DType::bfloat16 ? 2 : 4);
+  cpu::ImageEmbedding e{type, cpu::Buffer(bytes), floats(rows, s.height * dim), floats(columns, s.width * dim)};
+  std::memcpy(e.tokens.as<void>(), at<const void>(tokens), bytes);
+  engine.set_embedding(std::move(e));
+}
+
+static void decode_attention(uintptr_t q, uintptr_t k, uintptr_t v, uintptr_t prefix_k, uintptr_t prefix_v,
+                             uintptr_t tail_k, uintptr_t tail_v, uintptr_t out, int64_t position,
+                             uintptr_t slot_of_cell, uintptr_t neighbour_slots, uintptr_t neighbour_count,
+                             const std::vector<int32_t>& sizes, float scale, DType dtype, int threads) {
+  if (sizes.size() != 9) throw std::invalid_argument("got " + std::to_string(sizes.size()) + " sizes, expected 9");
+  const dalle_fast::DecodeAttentionParams p{at<const void>(q),
+                                            at<const void>(k),
+                                            at<const void>(v),
+                                            at<const void>(prefix_k),
+                                            at<const void>(prefix_v),
+                                            at<void>(tail_k),
+                                            at<void>(tail_v),
+                                            at<void>(out),
+                                            &position,
+                                            at<const int32_t>(slot_of_cell),
+                                            at<const int32_t>(neighbour_slots),
+                                            at<const int32_t>(neighbour_count),
+                                            sizes[0],
+                                            sizes[1],
+                                            sizes[2],
+                                            sizes[3],
+                                            sizes[4],
+                                            sizes[5],
+                                            sizes[6],
+                                            sizes[7],
+                                            sizes[8],
+                                            scale,
+                                            dtype};
+  cpu::decode_attention(p, threads);
+}
+
+static void sample(uintptr_t logits, uintptr_t candidates, int64_t position, uintptr_t tokens, int batch, int vocab,
+                   int top_k, float temperature, float top_p, uint64_t seed, int threads) {
+  cpu::sample({at<const void>(logits), at<const int64_t>(candidates), &position, at<int64_t>(tokens), batch, vocab,
+               top_k, temperature, top_p, seed, DType::float32},
+              threads);
+}
+
+static void skinny_linear(uintptr_t x, const cpu::PackedLinear& weight, uintptr_t residual, uintptr_t norm_weight,
+                          uintptr_t norm_bias, uintptr_t y, int rows, float norm_eps, Epilogue epilogue, int threads) {
+  cpu::skinny_linear({at<const void>(x), nullptr, nullptr, at<const void>(residual), at<const float>(norm_weight),
+                      at<const float>(norm_bias), at<void>(y), rows, weight.view().inputs, weight.view().outputs,
+                      norm_eps, epilogue, weight.view().type},
+                     weight, threads);
+}
+
+static void register_cpu(py::module_ m) {
+  using release = py::call_guard<py::gil_scoped_release>;
+  m.def(
+      "isa", [] { return std::string(cpu::kernels().name); },
+      "The instruction set in use; DALLE_FAST_CPU_ISA forces one.");
+  m.def("pool", [] { return std::string(cpu::pool_name()); }, "Whose threads are used: openmp (torch's) or own.");
+  py::enum_<DType>(m, "DType")
+      .value("float32", DType::float32)
+      .value("bfloat16", DType::bfloat16)
+      .value("int8", DType::int8)
+      .value("int4", DType::int4);
+  py::enum_<Epilogue>(m, "Epilogue")
+      .value("none", Epilogue::none)
+      .value("gelu_tanh", Epilogue::gelu_tanh)
+      .value("gelu", Epilogue::gelu_erf)
+      .value("geglu", Epilogue::geglu);
+  py::class_<cpu::PackedLinear>(m, "PackedLinear")
+      .def(py::init(&pack), py::arg("weight"), py::arg("threads"))
+      .def_property_readonly("nbytes", &cpu::PackedLinear::bytes);
+  py::class_<cpu::Engine>(m, "Engine")
+      .def(py::init([](const py::dict& shape, uintptr_t angles, size_t count) {
+             return std::make_unique<cpu::Engine>(engine_shape(shape), floats(angles, count));
+           }),
+           py::arg("shape"), py::arg("angles"), py::arg("count"))
+      .def("add_layer", &add_layer)
+      .def("set_embedding", &set_embedding)
+      .def("set_head",
+           [](cpu::Engine& engine, const std::vector<std::pair<uintptr_t, uintptr_t>>& norms, const py::dict& head,
+              int threads) {
+             std::vector<cpu::Norm> all;
+             const size_t dim = static_cast<size_t>(engine.shape().dim);
+             for (const auto& [weight, bias] : norms) all.push_back({floats(weight, dim), floats(bias, dim)});
+             engine.set_head(std::move(all), pack(head, threads));
+           })
+      .def(
+          "prefill",
+          [](cpu::Engine& engine, uintptr_t x, uintptr_t start, int prompts, int candidates, int threads,
+             uintptr_t logits) {
+            engine.prefill(at<const float>(x), at<const float>(start), prompts, candidates, threads, at<float>(logits));
+          },
+          release())
+      .def(
+          "feed",
+          [](cpu::Engine& engine, uintptr_t tokens, int count, int threads, uintptr_t logits) {
+            engine.feed(at<const int64_t>(tokens), count, threads, at<float>(logits));
+          },
+          release())
+      .def("fork", &cpu::Engine::fork, release())
+      .def_property_readonly("batch", &cpu::Engine::batch)
+      .def_property_readonly("position", &cpu::Engine::position)
+      .def_property_readonly("weight_bytes", &cpu::Engine::weight_bytes)
+      .def_property_readonly("cache_bytes", &cpu::Engine::cache_bytes);
+  m.def("decode_attention", &decode_attention, release());
+  m.def("sample", &sample, release());
+  m.def("skinny_linear", &skinny_linear, release());
+}
+
 PYBIND11_MODULE(_C, m) {
   m.doc() = "C++ and CUDA kernels of dalle_fast; reached through dalle_fast.ops.";
   m.attr("__version__") = DALLE_FAST_VERSION;
   m.attr("has_cuda") = static_cast<bool>(DALLE_FAST_HAS_CUDA);
   m.def("cpu_features", &cpu_features, "Instruction sets of this CPU that the kernels have paths for.");
+  register_cpu(m.def_submodule("cpu", "The CPU kernels; reached through dalle_fast.ops and dalle_fast.cpu_engine."));
 }

@@ -1,0 +1,191 @@
+// decode_attention's inner loop, for any vector width: queries of one head and prompt against the shared prefix, each
+// then against its own tail. Scores first, then softmax, then values: every key and value is read once, and two queries
+// share each read of the prefix. A query's sums run in an order that does not depend on its neighbours in the batch.
+#pragma once
+
+#include "cpu/kernels.h"
+#include "cpu/simd.h"
+
+namespace dalle_fast::cpu {
+namespace {
+
+constexpr int KV = kKeyBlock / W;  // vectors across a block of keys
+constexpr int kMaxDim = 256;
+
+template <bool Bf16>
+DF_INLINE vf load_cached(const void* p, int64_t i) {
+  if constexpr (Bf16) return load_bf16(static_cast<const uint16_t*>(p) + i);
+  else return load(static_cast<const float*>(p) + i);
+}
+
+// Scores of R queries with all keys of the prefix, BLOCKS blocks of 16 at a time. q is bf16 pairs or float32.
+template <bool Bf16, int R, int BLOCKS>
+DF_INLINE void prefix_scores(const void* keys, int64_t block, const float* const* q, const uint32_t* const* pairs,
+                             int dim, float* const* scores) {
+  vf sum[R][BLOCKS][KV] = {};
+  const uint8_t* base = static_cast<const uint8_t*>(keys) + block * dim * kKeyBlock * (Bf16 ? 2 : 4);
+  const int64_t block_bytes = static_cast<int64_t>(dim) * kKeyBlock * (Bf16 ? 2 : 4);
+  if constexpr (Bf16) {
+    for (int d = 0; d < dim / 2; ++d)
+      for (int b = 0; b < BLOCKS; ++b)
+        for (int v = 0; v < KV; ++v) {
+          const vu word = load_words(base + b * block_bytes + (d * kKeyBlock + v * W) * 4);
+          for (int r = 0; r < R; ++r) {
+#if defined(__AVX512BF16__)
+            sum[r][b][v] = _mm512_dpbf16_ps(sum[r][b][v], (__m512bh)word,
+                                            (__m512bh)_mm512_set1_epi32(static_cast<int>(pairs[r][d])));
+#else
+            sum[r][b][v] = fma(as_float(word << 16), set1(q[r][2 * d]), sum[r][b][v]);
+            sum[r][b][v] = fma(as_float(word & 0xFFFF0000u), set1(q[r][2 * d + 1]), sum[r][b][v]);
+#endif
+          }
+        }
+  } else {
+    for (int d = 0; d < dim; ++d)
+      for (int b = 0; b < BLOCKS; ++b)
+        for (int v = 0; v < KV; ++v) {
+          const vf key = load(reinterpret_cast<const float*>(base + b * block_bytes) + d * kKeyBlock + v * W);
+          for (int r = 0; r < R; ++r) sum[r][b][v] = fma(key, set1(q[r][d]), sum[r][b][v]);
+        }
+  }
+  (void)q, (void)pairs;
+  for (int r = 0; r < R; ++r)
+    for (int b = 0; b < BLOCKS; ++b)
+      for (int v = 0; v < KV; ++v) store(scores[r] + (block + b) * kKeyBlock + v * W, sum[r][b][v]);
+}
+
+template <bool Bf16>
+DF_INLINE float tail_score(const float* q, const void* key, int64_t at, int dim) {
+  vf total = {};
+  for (int d = 0; d < dim; d += W) total = fma(load(q + d), load_cached<Bf16>(key, at + d), total);
+  return sum(total);
+}
+
+// out[first ... first + N * W) += the prefix's values weighted by p; keys in two interleaved sums, joined at the end.
+template <bool Bf16, int R, int N>
+DF_INLINE void prefix_values(const void* values, int64_t keys, int dim, int first, float* const* p,
+                             const uint32_t* const* pairs, float (*out)[kMaxDim]) {
+  vf sum[R][2][N] = {};
+  for (int64_t key = 0; key < keys; key += 4)
+    for (int half = 0; half < 2; ++half)
+      for (int n = 0; n < N; ++n) {
+        const int64_t at = key + 2 * half;
+        if constexpr (Bf16) {
+          const vu word = load_words(static_cast<const uint16_t*>(values) + at * dim + 2 * (first + n * W));
+          for (int r = 0; r < R; ++r) {
+#if defined(__AVX512BF16__)
+            sum[r][half][n] = _mm512_dpbf16_ps(sum[r][half][n], (__m512bh)word,
+                                               (__m512bh)_mm512_set1_epi32(static_cast<int>(pairs[r][at / 2])));
+#else
+            sum[r][half][n] = fma(as_float(word << 16), set1(p[r][at]), sum[r][half][n]);
+            sum[r][half][n] = fma(as_float(word & 0xFFFF0000u), set1(p[r][at + 1]), sum[r][half][n]);
+#endif
+          }
+        } else {
+          for (int j = 0; j < 2; ++j) {
+            const vf value = load(static_cast<const float*>(values) + (at + j) * dim + first + n * W);
+            for (int r = 0; r < R; ++r) sum[r][half][n] = fma(value, set1(p[r][at + j]), sum[r][half][n]);
+          }
+        }
+      }
+  (void)p, (void)pairs;
+  for (int r = 0; r < R; ++r)
+    for (int n = 0; n < N; ++n) store(out[r] + first + n * W, sum[r][0][n] + sum[r][1][n]);
+}
+
+#if defined(__AVX512BF16__)
+inline void pair_up(const float* x, int64_t n, uint32_t* pairs) {  // n: a multiple of 16
+  for (int64_t i = 0; i < n; i += 16) {
+    const __m256bh h = _mm512_cvtneps_pbh(_mm512_loadu_ps(x + i));
+    std::memcpy(reinterpret_cast<uint16_t*>(pairs) + i, &h, sizeof h);
+  }
+}
+#endif
+
+template <bool Bf16, int R>
+void attend_rows(const PackedPrefix& prefix, const AttentionRow* rows, int dim, float scale, float* scratch,
+                 int64_t row_floats) {
+  const float* q[R];
+  float* scores[R];
+  const uint32_t *q_pairs[R] = {}, *p_pairs[R] = {};
+  [[maybe_unused]] uint32_t pairs[R][kMaxDim / 2];
+  float inverse[R];
+  for (int r = 0; r < R; ++r) q[r] = rows[r].q, scores[r] = scratch + r * row_floats;
+#if defined(__AVX512BF16__)
+  if constexpr (Bf16)
+    for (int r = 0; r < R; ++r) pair_up(q[r], dim, pairs[r]), q_pairs[r] = pairs[r];
+#endif
+  const int64_t blocks = prefix.keys / kKeyBlock;
+  constexpr int together = W == 16 ? 4 : 1;
+  int64_t block = 0;
+  for (; block + together <= blocks; block += together)
+    prefix_scores<Bf16, R, together>(prefix.k, block, q, q_pairs, dim, scores);
+  for (; block < blocks; ++block) prefix_scores<Bf16, R, 1>(prefix.k, block, q, q_pairs, dim, scores);
+  for (int r = 0; r < R; ++r) {
+    const AttentionRow& row = rows[r];
+    float* s = scores[r];
+    const int64_t end = prefix.keys + row.count, padded = round_up(end, kKeyBlock);
+    for (int64_t i = row.prefix_len; i < prefix.keys; ++i) s[i] = -__builtin_inff();
+    for (int j = 0; j < row.count; ++j)
+      s[prefix.keys + j] = tail_score<Bf16>(q[r], row.tail_k, static_cast<int64_t>(row.slots[j]) * dim, dim);
+    for (int64_t i = end; i < padded; ++i) s[i] = -__builtin_inff();
+    vf most = load(s);
+    for (int64_t i = W; i < padded; i += W) most = max(load(s + i), most);
+    const float shift = largest(most) * scale;
+    vf total = {};
+    for (int64_t i = 0; i < padded; i += W) {
+      const vf x = load(s + i);
+      const vf e = x == -__builtin_inff() ? vf{} : exp(fma(x, set1(scale), set1(-shift)));
+      store(s + i, e);
+      total = total + e;
+    }
+    inverse[r] = 1.0f / sum(total);
+  }
+#if defined(__AVX512BF16__)
+  // The values' weights, in bf16 pairs, take the place of the first half of the float ones.
+  if constexpr (Bf16)
+    for (int r = 0; r < R; ++r) {
+      uint32_t* target = reinterpret_cast<uint32_t*>(scores[r]);
+      float line[16];
+      for (int64_t i = 0; i < prefix.keys; i += 16) {  // in place: 16 floats become 8 words, never ahead of the reads
+        std::memcpy(line, scores[r] + i, sizeof line);
+        pair_up(line, 16, target + i / 2);
+      }
+      p_pairs[r] = target;
+    }
+#endif
+  float out[R][kMaxDim];
+  int d = 0;
+  constexpr int wide = W == 16 ? 4 : 2;
+  for (; d + wide * W <= dim; d += wide * W)
+    prefix_values<Bf16, R, wide>(prefix.v, prefix.keys, dim, d, scores, p_pairs, out);
+  for (; d < dim; d += W) prefix_values<Bf16, R, 1>(prefix.v, prefix.keys, dim, d, scores, p_pairs, out);
+  for (int r = 0; r < R; ++r) {
+    const float* p = scores[r] + prefix.keys;
+    for (d = 0; d < dim; d += W) {
+      vf total = load(out[r] + d);
+      for (int j = 0; j < rows[r].count; ++j)
+        total =
+            fma(load_cached<Bf16>(rows[r].tail_v, static_cast<int64_t>(rows[r].slots[j]) * dim + d), set1(p[j]), total);
+      store(rows[r].out + d, total * inverse[r]);
+    }
+  }
+}
+
+template <bool Bf16>
+void attend_all(const PackedPrefix& prefix, const AttentionRow* rows, int count, int dim, float scale, float* scratch) {
+  int most = 0;
+  for (int r = 0; r < count; ++r) most = rows[r].count > most ? rows[r].count : most;
+  const int64_t row_floats = round_up(prefix.keys + most, kKeyBlock) + kKeyBlock;
+  int r = 0;
+  for (; r + 2 <= count; r += 2) attend_rows<Bf16, 2>(prefix, rows + r, dim, scale, scratch, row_floats);
+  if (r < count) attend_rows<Bf16, 1>(prefix, rows + r, dim, scale, scratch, row_floats);
+}
+
+inline void attend(const PackedPrefix& prefix, const AttentionRow* rows, int count, int dim, float scale, DType cache,
+                   float* scratch) {
+  (cache == DType::bfloat16 ? attend_all<true> : attend_all<false>)(prefix, rows, count, dim, scale, scratch);
+}
+
+}  // namespace
+}  // namespace dalle_fast::cpu

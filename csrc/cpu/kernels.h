@@ -1,0 +1,96 @@
+// The inner loops that exist once per instruction set, and the formats that they read. dispatch.cpp picks the set.
+#pragma once
+
+#include "cpu/common.h"
+#include "params.h"
+
+namespace dalle_fast::cpu {
+
+constexpr int kPanel = 32;     // outputs of a weight that lie side by side
+constexpr int kGroup = 128;    // inputs that share an int4 scale
+constexpr int kKeyBlock = 16;  // keys of a packed prefix that lie side by side
+constexpr int kPadding = 128;  // encoded rows are zero up to a multiple of this many inputs
+
+// A weight in the order in which it is read. Panel after panel of 32 outputs; in a panel, unit after unit of one 32-bit
+// word per output: 1 float32, 2 bf16, 4 int8 or 8 int4 consecutive inputs. int4: word byte j holds input j in its low and
+// input j + 4 in its high half, each plus 8, and every 16 units (128 inputs) are preceded by 32 float scales.
+struct PackedWeight {
+  DType type;
+  int outputs;  // of the layer: for geglu half of the weight's rows
+  int inputs;
+  int panels;  // geglu: value and gate panels alternate
+  int units;   // per panel
+  size_t panel_bytes;
+  const uint8_t* data;
+  const float* scale;  // [panels * 32], multiplies the sum: int8 scale and layer scale
+  const float* bias;   // [panels * 32], already times the layer scale
+};
+
+// How rows of activations are handed to a weight of some type.
+enum class Encoding { float32, bfloat16, split16 };
+
+// split16: x = step * (256 hi + lo), both int8; of every 4 inputs first the hi, then the lo bytes. With that, int8 and int4
+// weights meet 16-bit activations, in exact integer arithmetic, by two byte products.
+struct Encoded {
+  Encoding encoding;
+  uint8_t* data;  // [rows, row_bytes]
+  size_t row_bytes;
+  float* step;    // [rows], split16
+  int32_t* sums;  // [rows, sums_per_row], split16: per group of 128 inputs (sum of hi, sum of lo)
+  int sums_per_row;
+};
+
+struct LinearOutput {
+  float* y;               // [rows, stride]
+  const float* residual;  // same shape, may be y itself; or null
+  int stride;
+  Epilogue epilogue;
+};
+
+struct AttentionRow {  // one query of one head
+  const float* q;      // [dim]
+  float* out;          // [dim]
+  const void* tail_k;  // [slots, dim]
+  const void* tail_v;
+  const int32_t* slots;  // [count]
+  int32_t count;
+  int32_t prefix_len;  // how many of the prefix's keys it sees
+};
+
+// One head of a prefix, by 16 keys. float32: k [blocks][dim][16], v [keys][dim]. bf16: k [blocks][dim / 2][16][2],
+// v [keys / 2][dim][2]. Keys are padded with zeros to a multiple of 16.
+struct PackedPrefix {
+  const void* k;
+  const void* v;
+  int32_t keys;  // padded
+};
+
+struct Kernels {
+  const char* name;
+  Encoding (*encoding)(DType weight);
+  // y = epilogue(x W^T) for panels [begin, end), an even number of them for geglu; scratch: 4 * kPanel * rows floats.
+  void (*linear)(const PackedWeight& w, const Encoded& x, int rows, int begin, int end, const LinearOutput& out,
+                 float* scratch);
+  void (*layer_norm)(const float* x, const float* weight, const float* bias, float eps, int n, float* y);  // y may be x
+  void (*encode)(const float* x, int n, int row, const Encoded& out);
+  // scratch: 2 * (prefix.keys + most slots rounded up to 16, and 16 more) floats.
+  void (*attend)(const PackedPrefix& prefix, const AttentionRow* rows, int count, int dim, float scale, DType cache,
+                 float* scratch);
+  void (*gumbel)(uint64_t seed, uint64_t candidate, uint32_t position, const int32_t* tokens, int count, float* noise);
+  void (*exponentials)(const float* x, float shift, int count, float* y);  // y = exp(x - shift)
+};
+
+// Floats of scratch that attend() wants.
+inline int64_t attend_scratch(int64_t prefix_keys, int64_t most_slots) {
+  return 2 * (prefix_keys + round_up(most_slots, kKeyBlock) + kKeyBlock);
+}
+
+const Kernels* portable_kernels();
+const Kernels* avx2_kernels();
+const Kernels* avx512_kernels();
+
+// The best set that this machine and this build have; DALLE_FAST_CPU_ISA=portable|avx2|avx512 forces one.
+// Throws std::invalid_argument if the one asked for is not there.
+const Kernels& kernels();
+
+}  // namespace dalle_fast::cpu

@@ -1,0 +1,57 @@
+// One table of kernels. Each kernels_*.cpp includes this, compiled for its own instruction set.
+#pragma once
+
+#include "cpu/attention_body.h"
+#include "cpu/linear_body.h"
+#include "cpu/rows_body.h"
+#if defined(__AVX512BF16__)
+#include "cpu/linear_avx512.h"
+#endif
+
+namespace dalle_fast::cpu {
+namespace {
+
+template <int N>
+DF_INLINE void call_linear(const PanelFunction (&by_rows)[N], const PackedWeight& w, const Encoded& x, int rows,
+                           int begin, int end, const LinearOutput& out, float* scratch) {
+  linear_with(by_rows, N, w, x, rows, begin, end, out, scratch);
+}
+
+inline Encoding encoding(DType weight) {
+#if defined(__AVX512BF16__)
+  if (weight == DType::bfloat16) return Encoding::bfloat16;
+  if (weight == DType::int8 || weight == DType::int4) return Encoding::split16;
+#else
+  (void)weight;
+#endif
+  return Encoding::float32;
+}
+
+inline void linear(const PackedWeight& w, const Encoded& x, int rows, int begin, int end, const LinearOutput& out,
+                   float* scratch) {
+#if defined(__AVX512BF16__)
+  if (w.type == DType::bfloat16) return call_linear(bf16_panels, w, x, rows, begin, end, out, scratch);
+  if (w.type == DType::int8) return call_linear(int8_panels, w, x, rows, begin, end, out, scratch);
+  if (w.type == DType::int4) return call_linear(int4_panels, w, x, rows, begin, end, out, scratch);
+#else
+  if (w.type == DType::bfloat16) return call_linear(float_panels<Bf16Weight>, w, x, rows, begin, end, out, scratch);
+  if (w.type == DType::int8) return call_linear(float_panels<Int8Weight>, w, x, rows, begin, end, out, scratch);
+  if (w.type == DType::int4) return call_linear(float_panels<Int4Weight>, w, x, rows, begin, end, out, scratch);
+#endif
+  call_linear(float_panels<Float32Weight>, w, x, rows, begin, end, out, scratch);
+}
+
+inline void encode(const float* x, int n, int row, const Encoded& out) {
+#if defined(__AVX512BF16__)
+  if (out.encoding == Encoding::bfloat16) return encode_bf16(x, n, out.data + row * out.row_bytes);
+  if (out.encoding == Encoding::split16) return encode_split16(x, n, row, out);
+#endif
+  encode_float(x, n, out.data + row * out.row_bytes);
+}
+
+constexpr Kernels table(const char* name) {
+  return {name, encoding, linear, layer_norm, encode, attend, gumbel, exponentials};
+}
+
+}  // namespace
+}  // namespace dalle_fast::cpu
