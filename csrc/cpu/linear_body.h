@@ -90,7 +90,8 @@ DF_INLINE vf gelu_tanh(vf x) {  // x (1 + tanh u) / 2 = x / (1 + e^-2u), u = sqr
 // at Chebyshev points to the exact values.
 DF_INLINE vf erf(vf x) {
   const vf a = min(x < 0.0f ? -x : x, set1(4.2f)), z = a * a;
-  vf p = set1(1.1268252930e-4f);
+  vf p = set1(-9.6735902844e-6f);
+  p = fma(p, z, set1(1.1268252930e-4f));
   p = fma(p, z, set1(-8.4843963850e-4f));
   p = fma(p, z, set1(5.2210534923e-3f));
   p = fma(p, z, set1(-2.6865437627e-2f));

@@ -14,12 +14,18 @@
 #include <dlfcn.h>
 #include <unistd.h>
 #endif
+#if defined(__linux__)
+#include <linux/futex.h>
+#include <sys/syscall.h>
+#endif
 #if defined(__x86_64__)
 #include <immintrin.h>
 #endif
 
 namespace dalle_fast::cpu {
 namespace {
+
+constexpr int kBarrierSpins = 2000;  // about 20 µs
 
 inline void relax() {
 #if defined(__x86_64__)
@@ -158,13 +164,23 @@ void Barrier::wait(int count) {
   const unsigned phase = phase_.load(std::memory_order_acquire);
   if (arrived_.fetch_add(1, std::memory_order_acq_rel) == count - 1) {
     arrived_.store(0, std::memory_order_relaxed);
-    phase_.store(phase + 1, std::memory_order_release);
+    phase_.store(phase + 1, std::memory_order_seq_cst);
+#if defined(__linux__)
+    if (sleepers_.load(std::memory_order_seq_cst))
+      syscall(SYS_futex, reinterpret_cast<unsigned*>(&phase_), FUTEX_WAKE_PRIVATE, count, nullptr, nullptr, 0);
+#endif
     return;
   }
-  for (int spins = 0; phase_.load(std::memory_order_acquire) == phase; ++spins) {
-    if (spins < 4000) relax();
-    else std::this_thread::yield();
-  }
+  for (int spins = 0; spins < kBarrierSpins; ++spins, relax())
+    if (phase_.load(std::memory_order_acquire) != phase) return;
+#if defined(__linux__)
+  sleepers_.fetch_add(1, std::memory_order_seq_cst);
+  while (phase_.load(std::memory_order_seq_cst) == phase)
+    syscall(SYS_futex, reinterpret_cast<unsigned*>(&phase_), FUTEX_WAIT_PRIVATE, phase, nullptr, nullptr, 0);
+  sleepers_.fetch_sub(1, std::memory_order_relaxed);
+#else
+  while (phase_.load(std::memory_order_acquire) == phase) std::this_thread::yield();
+#endif
 }
 
 const char* pool_name() { return use_openmp() ? "openmp" : "own"; }

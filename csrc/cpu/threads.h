@@ -6,8 +6,8 @@
 
 namespace dalle_fast::cpu {
 
-// All `count` threads of a team call wait(); none goes on before the last has come. Spins, then yields: phases last
-// microseconds, but a neighbour may hold the core of a thread that everyone waits for.
+// All `count` threads of a team call wait(); none goes on before the last has come. Spins, then sleeps: phases last
+// microseconds, but where another process holds the core of a thread that everyone waits for, a sleeper's core takes it over.
 class Barrier {
  public:
   void wait(int count);
@@ -15,6 +15,7 @@ class Barrier {
  private:
   std::atomic<int> arrived_{0};
   std::atomic<unsigned> phase_{0};
+  std::atomic<int> sleepers_{0};
 };
 
 struct Team {
