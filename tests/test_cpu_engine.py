@@ -25,13 +25,13 @@ def one_thread():
 TINY = ModelConfig.preset("tiny", height=6, width=5, patterns=("row", "column", "conv(kernel=3,boundary=flat)", "full"))
 MODELS = {
     "paper": {},
-    "geglu": dict(activation="geglu", layer_scale=True, qkv_bias=False),
-    "dalle-pytorch": dict(positions="rotary", start="none", lead_token=0, head_dim=64, token_shift=True, activation="geglu",
-                          layer_scale=True, sandwich_norm=True, qkv_bias=False),
-    "rudalle": dict(sandwich_norm=True, final_norms=2, start="none"),
-    "rudalle-v2": dict(sandwich_norm=True, final_norms=2, start="text", lead_token=2),
-    "reversible": dict(reversible=True, activation="gelu", head_dim=128),
-    "odd": dict(dim=40, heads=3, head_dim=16, caption_len=13, image_vocab=37, token_shift=True),
+    "geglu": {"activation": "geglu", "layer_scale": True, "qkv_bias": False},
+    "dalle-pytorch": {"positions": "rotary", "start": "none", "lead_token": 0, "head_dim": 64, "token_shift": True, "activation": "geglu",
+                          "layer_scale": True, "sandwich_norm": True, "qkv_bias": False},
+    "rudalle": {"sandwich_norm": True, "final_norms": 2, "start": "none"},
+    "rudalle-v2": {"sandwich_norm": True, "final_norms": 2, "start": "text", "lead_token": 2},
+    "reversible": {"reversible": True, "activation": "gelu", "head_dim": 128},
+    "odd": {"dim": 40, "heads": 3, "head_dim": 16, "caption_len": 13, "image_vocab": 37, "token_shift": True},
 }  # fmt: skip
 # Largest error of the logits, of which the deviation is about 0.4 in all of these models.
 TOLERANCE = {"float32": 1e-5, "bfloat16": 0.03, "int8": 0.06, "int4": 1.2}

@@ -1,0 +1,77 @@
+"""tests/cpu_harness.cpp under AddressSanitizer with UndefinedBehaviorSanitizer, and under ThreadSanitizer."""
+
+import os
+import platform
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+HERE = Path(__file__).parent
+SOURCES = HERE.parent / "csrc"
+COMPILER = shutil.which(os.environ.get("CXX", "g++")) or shutil.which("clang++")
+PORTABLE = [p for p in sorted((SOURCES / "cpu").glob("*.cpp")) if not p.stem.endswith(("_avx2", "_avx512"))]
+
+pytestmark = pytest.mark.skipif(COMPILER is None or not SOURCES.is_dir(), reason="no C++ compiler or no sources here")
+
+
+def compile_all(folder, sanitizers):
+    """The harness with all kernels, or skips if the compiler lacks the sanitizer's library."""
+    assert COMPILER is not None
+    flags = [
+        "-std=c++17",
+        "-O1",
+        "-g",
+        "-pthread",
+        f"-fsanitize={sanitizers}",
+        "-fno-sanitize-recover=all",
+        f"-I{SOURCES}",
+    ]
+    probe = folder / "probe.cpp"
+    probe.write_text("int main() {}\n")
+    if subprocess.run([COMPILER, *flags, str(probe), "-o", str(folder / "probe")], capture_output=True).returncode:
+        pytest.skip(f"{COMPILER} has no {sanitizers} sanitizer here")
+    wide, define = [], []
+    if platform.machine() == "x86_64" and "avx2" in Path("/proc/cpuinfo").read_text():
+        wide = [(SOURCES / "cpu/kernels_avx2.cpp", ["-mavx2", "-mfma", "-mf16c"])]
+        define = ["-DDALLE_FAST_HAS_AVX2=1"]
+        if "avx512_bf16" in Path("/proc/cpuinfo").read_text():
+            more = [
+                "-mavx512f",
+                "-mavx512bw",
+                "-mavx512vl",
+                "-mavx512dq",
+                "-mavx512bf16",
+                "-mavx512vnni",
+                "-mfma",
+                "-mf16c",
+            ]
+            wide.append((SOURCES / "cpu/kernels_avx512.cpp", more))
+            define.append("-DDALLE_FAST_HAS_AVX512=1")
+    objects = []
+    for source, own in [*((p, define) for p in PORTABLE), *wide, (HERE / "cpu_harness.cpp", [])]:
+        objects.append(str(folder / f"{source.stem}.o"))
+        done = subprocess.run(
+            [COMPILER, *flags, *own, "-c", str(source), "-o", objects[-1]], capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stderr
+    subprocess.run([COMPILER, *flags, *objects, "-ldl", "-o", str(folder / "harness")], check=True)
+    return folder / "harness", ["portable", *("avx2" for _ in define[:1]), *("avx512" for _ in define[1:])]
+
+
+def check(harness, isa):
+    environment = {**os.environ, "DALLE_FAST_CPU_ISA": isa, "DALLE_FAST_CPU_POOL": "own", "LD_PRELOAD": ""}
+    done = subprocess.run([str(harness)], env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0 and done.stdout.strip() == f"done {isa} own", done.stdout + done.stderr[-4000:]
+
+
+def test_memory_and_undefined_behaviour(tmp_path):
+    harness, sets = compile_all(tmp_path, "address,undefined")
+    for isa in sets:
+        check(harness, isa)
+
+
+def test_threads(tmp_path):
+    harness, sets = compile_all(tmp_path, "thread")
+    check(harness, sets[-1])
