@@ -1,6 +1,7 @@
 #include "cpu/engine.h"
 
 #include <algorithm>
+#include <chrono>
 #include <cmath>
 #include <stdexcept>
 #include <string>
@@ -82,8 +83,28 @@ void Engine::feed(const int64_t* tokens, int count, int threads, float* logits) 
   reserve(batch_ * count, threads);
   embed(tokens, count);
   Rows rows{batch_ * count, count, 0, prompts_, false};
-  run(rows, threads, logits);
+  const int team = pick_team(rows.count, threads);
+  const auto start = std::chrono::steady_clock::now();
+  run(rows, team, logits);
+  if (threads > 1)
+    record_pace(team > 1, sleeps_, std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count());
   position_ += count;
+}
+
+int Engine::pick_team(int rows, int threads) {
+  if (rows != pace_.rows) pace_ = Pace(), pace_.rows = rows;
+  if (pace_.alone_left > 0) {
+    --pace_.alone_left;
+    return 1;
+  }
+  return threads;
+}
+
+void Engine::record_pace(bool team, int sleeps, double seconds) {
+  (team ? pace_.team : pace_.alone) = seconds;
+  if (!team || sleeps <= 2) return;
+  if (pace_.alone == 0) pace_.alone_left = 1;  // time it
+  else if (pace_.alone < pace_.team) pace_.alone_left = 64;
 }
 
 void Engine::embed(const int64_t* tokens, int count) {

@@ -175,6 +175,7 @@ void Engine::run(Rows& rows, int threads, float* logits) {
   // Shifted rows look at their neighbours: a thread then takes whole sequences.
   const int unit = shape_.token_shift ? rows.per_sequence : 1;
   const int last_rows = rows.count / rows.per_sequence;
+  sleeps_ = 0;
   run_team(threads, [&](const Team& team) {
     Worker& worker = workers_[team.index];
     long begin, end;
@@ -215,7 +216,7 @@ void Engine::run(Rows& rows, int threads, float* logits) {
       else linear(*w.down, rows.count, team, {b, b, dim, Epilogue::none}, worker);
       team.wait();
     }
-    if (!logits) return;
+    if (!logits) return;  // a text pass
     if (sandwich) add_normed(layers_.back().mlp_norm_out, b);
     team.wait();
     // The last position of every sequence goes on to the head.
@@ -231,6 +232,7 @@ void Engine::run(Rows& rows, int threads, float* logits) {
     encode(*head_, branch_.as<float>(), begin, end);
     team.wait();
     linear(*head_, last_rows, team, {logits, nullptr, shape_.image_vocab, Epilogue::none}, worker);
+    if (team.index == 0) sleeps_ = team.barrier->sleeps();
   });
 }
 

@@ -173,6 +173,7 @@ void Barrier::wait(int count) {
   }
   for (int spins = 0; spins < kBarrierSpins; ++spins, relax())
     if (phase_.load(std::memory_order_acquire) != phase) return;
+  sleeps_.fetch_add(1, std::memory_order_relaxed);
 #if defined(__linux__)
   sleepers_.fetch_add(1, std::memory_order_seq_cst);
   while (phase_.load(std::memory_order_seq_cst) == phase)

@@ -11,11 +11,12 @@ namespace dalle_fast::cpu {
 class Barrier {
  public:
   void wait(int count);
+  int sleeps() const { return sleeps_.load(std::memory_order_relaxed); }  // waits so far that outlasted the spinning
 
  private:
   std::atomic<int> arrived_{0};
   std::atomic<unsigned> phase_{0};
-  std::atomic<int> sleepers_{0};
+  std::atomic<int> sleepers_{0}, sleeps_{0};
 };
 
 struct Team {
