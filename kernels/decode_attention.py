@@ -11,7 +11,6 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-
 # e4m3 by integer arithmetic, because a conversion instruction exists only from compute capability 8.9.
 
 
@@ -100,7 +99,7 @@ def decode_attention(
 
         exact = queries.to(tl.float32)
         count = tl.where(valid, tl.load(counts + own), 0)
-        for j in range(0, tl.cdiv(tl.max(count, 0), NEAR)):
+        for j in range(tl.cdiv(tl.max(count, 0), NEAR)):
             at = j * NEAR + tl.arange(0, NEAR)
             read = valid[:, None] & (at[None, :] < count[:, None])  # [BLOCK_Q, NEAR]
             cell = tl.load(neighbours + own[:, None] * width + at[None, :], mask=read, other=0)

@@ -49,19 +49,20 @@ def sample(
     if TOP_P:
         top_p = tl.full((), 0.0, tl.float64) + top_p_high + top_p_low
         peak = tl.max(x, 0)
-        mass = tl.where(keep, tl.exp(x.to(tl.float64) - peak.to(tl.float64)), 0.0)
-        wanted = top_p * tl.sum(mass, 0)
+        # Each mass to float32, their sums in float64: held in float64 they spill at 8192 tokens a row.
+        mass = tl.where(keep, tl.exp(x - peak), 0.0)
+        wanted = top_p * tl.sum(mass.to(tl.float64), 0)
         level = tl.full((), 0, tl.uint32)
         bit = tl.full((), 2147483648, tl.uint32)
         for _ in range(32):  # the largest level above which the mass is reached
             trial = level | bit
-            enough = tl.sum(tl.where(key >= trial, mass, 0.0), 0) >= wanted
+            enough = tl.sum(tl.where(key >= trial, mass, 0.0).to(tl.float64), 0) >= wanted
             level = tl.where(enough, trial, level)
             bit = bit >> 1
         above = keep & (key > level)
         equal = keep & (key == level)
-        before = tl.sum(tl.where(above, mass, 0.0), 0)
-        each = tl.max(tl.where(equal, mass, 0.0), 0)
+        before = tl.sum(tl.where(above, mass, 0.0).to(tl.float64), 0)
+        each = tl.max(tl.where(equal, mass, 0.0), 0).to(tl.float64)
         earlier = (tl.cumsum(equal.to(tl.int32), 0) - 1).to(tl.float64)
         keep = above | (equal & (before + earlier * each < wanted))
         keep = keep | (inside & (x == peak) & (tl.cumsum((inside & (x == peak)).to(tl.int32), 0) == 1))

@@ -79,7 +79,7 @@ def forward(
     top = tl.full((BLOCK_Q,), float("-inf"), tl.float32)
     total = tl.zeros((BLOCK_Q,), tl.float32)
     near = tl.arange(0, BLOCK_K)
-    for j in range(0, full):
+    for j in range(full):
         keys = j * BLOCK_K + near
         exists = keys < text
         kj, vj = _load(k, keys, exists, k_s, D), _load(v, keys, exists, v_s, D)
@@ -163,7 +163,7 @@ def backward_query(
     di = tl.load(delta_rows + whole + rows, mask=valid, other=0.0)
     acc = tl.zeros((BLOCK_Q, D), tl.float32)
     near = tl.arange(0, BLOCK_K)
-    for j in range(0, full):
+    for j in range(full):
         keys = j * BLOCK_K + near
         exists = keys < text
         kj, vj = _load(k, keys, exists, k_s, D), _load(v, keys, exists, v_s, D)

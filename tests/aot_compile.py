@@ -34,7 +34,11 @@ def kernels_of(op: str, head_dim: int, tile: Tile) -> Iterator[tuple[str, Any, d
         yield op, sparse_attention.forward, sizes
     elif op == "sparse_attention_backward":
         yield "delta", sparse_attention.delta, {"BLOCK": 64, "D": head_dim}
-        for kernel in (sparse_attention.backward_text, sparse_attention.backward_image, sparse_attention.backward_query):
+        for kernel in (
+            sparse_attention.backward_text,
+            sparse_attention.backward_image,
+            sparse_attention.backward_query,
+        ):
             yield kernel.__name__, kernel, sizes
     elif op == "decode_attention":
         for splits, fp8 in ((1, False), (4, False), (1, True)):
@@ -84,7 +88,9 @@ def main(archs: list[str]) -> None:
         target = GPUTarget("hip", arch, 64) if arch.startswith("gfx") else GPUTarget("cuda", int(arch[3:]), 32)
         for name, kernel, constants in kernels_of(op, head_dim, tile):
             types, attributes = signature(kernel, constants, "bf16")
-            source = ASTSource(kernel, types, {(kernel.arg_names.index(n),): x for n, x in constants.items()}, attributes)
+            source = ASTSource(
+                kernel, types, {(kernel.arg_names.index(n),): x for n, x in constants.items()}, attributes
+            )
             compiled = triton.compile(
                 source, target=target, options={"num_warps": tile.warps, "num_stages": tile.stages}
             )

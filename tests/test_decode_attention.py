@@ -1,0 +1,112 @@
+"""decode_attention of every backend that runs here: the output, and the tail that it leaves, step by step."""
+
+import math
+
+import pytest
+import torch
+from helpers import BACKENDS, DEVICE, assert_close, canaries, plain_attention, randn, require
+
+from dalle_fast import backends, ops, reference
+from dalle_fast.masks import Mask
+
+RULES = ["full", "row", "row(window=in_row)", "column", "conv(kernel=3,boundary=flat)", "conv(kernel=3,boundary=torus)"]
+# prompts, candidates each, cells a step, first cell
+CASES = [(1, 1, 1, 0), (1, 5, 1, 37), (2, 3, 1, 63), (3, 1, 4, 21), (2, 2, 8, 0), (1, 17, 3, 40)]
+
+
+def plain_step(q, k, v, prefix_k, prefix_v, tail_k, tail_v, first, mask):
+    """The same step as dense attention over gathered keys, in the inputs' type."""
+    tables, group = mask.decode_tables(tail_k.shape[2]), len(q) // len(prefix_k)
+    text_k, text_v = (x.repeat_interleave(group, dim=0) for x in (prefix_k, prefix_v))
+    out = torch.empty_like(q)
+    for i in range(q.shape[2]):
+        slot = int(tables.slot_of_cell[first + i])
+        tail_k[:, :, slot], tail_v[:, :, slot] = k[:, :, i], v[:, :, i]
+        read = torch.from_numpy(tables.slots[first + i, : tables.counts[first + i]]).long()
+        keys, values = torch.cat([text_k, tail_k[:, :, read]], 2), torch.cat([text_v, tail_v[:, :, read]], 2)
+        out[:, :, i] = plain_attention(q[:, :, i : i + 1], keys, values, torch.ones(1, dtype=torch.bool))[:, :, 0]
+    return out
+
+
+def inputs(mask, prompts, group, n, first, dtype, head_dim, heads=2):
+    """A tail in which the cells before `first` are written, and everything else is NaN."""
+    batch, text = prompts * group, mask.layout.text_len
+    slots = mask.tail_slots(n)
+    q, k, v = (randn(batch, heads, n, head_dim, dtype=dtype) for _ in range(3))
+    prefix = [randn(prompts, heads, text, head_dim, dtype=dtype) for _ in range(2)]
+    tails = [torch.full((batch, heads, slots, head_dim), math.nan, dtype=dtype, device=DEVICE) for _ in range(2)]
+    slot_of_cell = mask.decode_tables(slots).slot_of_cell
+    for tail in tails:
+        for cell in range(max(0, first - slots), first):
+            tail[:, :, int(slot_of_cell[cell])] = randn(batch, heads, head_dim, dtype=dtype)
+    return q, k, v, *prefix, *tails
+
+
+def check(backend, mask, prompts, group, n, first, dtype, head_dim=32):
+    require(backend, "decode_attention", dtype, head_dim)
+    args = inputs(mask, prompts, group, n, first, dtype, head_dim)
+    wide = [x.double().cpu() for x in args]
+    expected = reference.decode_attention(*wide, torch.tensor([first]), str(mask))
+    plain = plain_step(*(x.cpu().clone() for x in args), first, mask)
+    with backends.use(backend), canaries(*args) as inside:
+        got = ops.decode_attention(*inside, torch.tensor([first], device=DEVICE), mask)
+        assert_close(got.cpu(), plain, expected)
+        for name, tail, want in zip(("tail_k", "tail_v"), inside[5:], wide[5:], strict=True):
+            assert torch.equal(tail.double().cpu().nan_to_num(7e7), want.nan_to_num(7e7)), name
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_a_step_against_the_oracle(backend, rule, case, dtype):
+    prompts, group, n, first = case
+    check(backend, Mask.parse(f"{rule}@19+8x8"), prompts, group, n, first, dtype)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("head_dim", [16, 64, 128])
+def test_head_dims(backend, head_dim):
+    check(backend, Mask.parse("column@16+4x4"), 1, 3, 1, 9, torch.float32, head_dim)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("rule", ["row", "column", "conv(kernel=11,boundary=flat)"])
+@pytest.mark.parametrize("first", [0, 700, 992])
+def test_at_the_papers_layout(backend, rule, first):
+    check(backend, Mask.parse(f"{rule}@256+32x32"), 1, 3, 1, first, torch.float32, 64)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_row_at_once(backend):
+    check(backend, Mask.parse("row@16+4x32"), 1, 2, 32, 64, torch.float32)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_opcheck(backend):
+    require(backend, "decode_attention", torch.float32, 16)
+    mask = Mask.parse("row@4+4x4")
+    args = inputs(mask, 1, 2, 1, 3, torch.float32, 16)
+    args = [x.nan_to_num(0) for x in args]  # opcheck compares runs, and NaN equals nothing
+    with backends.use(backend):
+        torch.library.opcheck(
+            torch.ops.dalle_fast.decode_attention.default, (*args, torch.tensor([3], device=DEVICE), str(mask))
+        )
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_the_position_may_change_under_a_kernel(backend):
+    """One recorded step serves every position: nothing but the tensor tells where it is."""
+    require(backend, "decode_attention", torch.float32, 16)
+    mask, position = Mask.parse("row@4+4x4"), torch.zeros(1, dtype=torch.int64, device=DEVICE)
+    whole = [randn(2, 1, 16, 16, dtype=torch.float32) for _ in range(3)]
+    prefix = [randn(1, 1, 4, 16, dtype=torch.float32) for _ in range(2)]
+    tails = [torch.full((2, 1, mask.tail_slots(), 16), math.nan, device=DEVICE) for _ in range(2)]
+    allowed = torch.from_numpy(mask.dense()).to(DEVICE)[4:]
+    keys, values = (torch.cat([p.expand(2, -1, -1, -1), x], 2) for p, x in zip(prefix, whole[1:], strict=True))
+    expected = plain_attention(whole[0], keys, values, allowed)
+    with backends.use(backend):
+        for cell in range(16):
+            out = ops.decode_attention(*(x[:, :, cell : cell + 1] for x in whole), *prefix, *tails, position, mask)
+            assert (out[:, :, 0] - expected[:, :, cell]).abs().max() < 1e-5
+            position += 1
