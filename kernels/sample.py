@@ -65,7 +65,7 @@ def sample(
         each = tl.max(tl.where(equal, mass, 0.0), 0).to(tl.float64)
         earlier = (tl.cumsum(equal.to(tl.int32), 0) - 1).to(tl.float64)
         keep = above | (equal & (before + earlier * each < wanted))
-        keep = keep | (inside & (x == peak) & (tl.cumsum((inside & (x == peak)).to(tl.int32), 0) == 1))
+        keep = keep | (token == tl.min(tl.where(x == peak, token, BLOCK), 0))
     counter = tl.arange(0, BLOCK // 4).to(tl.uint32)
     candidate = tl.load(candidates + row)
     nothing = counter * 0
