@@ -70,7 +70,7 @@ def signature(kernel: Any, constants: dict[str, Any], dtype: str) -> tuple[dict[
 def spills(kernel: Any, arch: str) -> int | None:
     """Bytes of registers spilled. NVIDIA: the local memory that the assembler's resource usage lists beyond the stack."""
     if arch.startswith("gfx"):
-        found = re.findall(r"\.(?:v|s)gpr_spill_count:\s*(\d+)", kernel.asm["amdgcn"])
+        found = re.findall(r"\.vgpr_spill_count:\s*(\d+)", kernel.asm["amdgcn"])
         return max(map(int, found))
     tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:

@@ -21,11 +21,8 @@ def test_what_changes_the_plan():
     free = 80 * 10**9
     plan = plan_memory(BIG, free)
     assert plan_memory(BIG, free - plan.weights, weights_loaded=True).candidates == plan.candidates
-    assert (
-        plan_memory(BIG, free, guided=True).candidates
-        < plan.candidates
-        <= 2 * plan_memory(BIG, free, guided=True).candidates + 2
-    )
+    guided = plan_memory(BIG, free, guided=True).candidates
+    assert guided < plan.candidates <= 2 * guided + 2
     assert plan_memory(BIG, free, chunk=32).candidates < plan.candidates
     assert plan_memory(BIG, free, dtype=torch.float32).candidates < plan.candidates // 2
     assert plan_memory(BIG, plan.weights).candidates == 0
@@ -50,7 +47,7 @@ def test_out_of_memory_halves_the_wave_says_so_and_goes_on(caplog):
 
     with caplog.at_level(logging.WARNING):
         waves = list(halving(20, 8, run))
-    assert sum(waves, []) == list(range(20))
+    assert [i for wave in waves for i in wave] == list(range(20))
     assert "a wave of 7 candidates ran out of memory, going on with 3: no room" in caplog.text
 
 
