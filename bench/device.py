@@ -7,6 +7,7 @@ CPU. So the read rate is measured at several sizes, and a case is held against t
 
 from __future__ import annotations
 
+import itertools
 import math
 import os
 import platform
@@ -162,7 +163,7 @@ def floor(limits: dict[str, Any], nbytes: float, flops: float, dtype: str) -> fl
     """The seconds that reading `nbytes` or computing `flops` takes at the least, whichever is longer."""
     sizes = sorted((int(size), rate) for size, rate in limits["read"].items())
     rate = sizes[-1][1]
-    for (low, fast), (high, slow) in zip(sizes, sizes[1:], strict=False):
+    for (low, fast), (high, slow) in itertools.pairwise(sizes):
         if nbytes <= low:
             rate = fast
             break

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from bench import work
 from bench.conftest import Measure
-from bench.device import DEVICE, ON_GPU
+from bench.device import DEVICE
 from bench.peers import Stepper, dense, rows
 from bench.subjects import BOUND, MAKERS, Subject
 from dalle_fast.engine import Engine, TorchEngine

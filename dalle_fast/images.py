@@ -1,9 +1,9 @@
 """The paper's image tokenizer: a discrete VAE with f=8, between pixels and a grid of codes.
 
-Bottleneck ResNets as in section 2.1 and appendix A of arXiv 2102.12092 and in OpenAI's public decoder: four groups of blocks,
-max-pooling on the way in and nearest upsampling on the way out, a 7x7 first convolution, 1x1 convolutions at the token grid, and
-the logit-Laplace map between pixels and the decoder's output. Parameters bear OpenAI's names (`w`, `b`, `blocks.group_1.…`).
-Fully convolutional: any picture whose sides are multiples of 8.
+Bottleneck ResNets as in section 2.1 and appendix A of arXiv 2102.12092 and in OpenAI's public decoder: four groups of
+blocks, max-pooling on the way in and nearest upsampling on the way out, a 7x7 first convolution, 1x1 convolutions at
+the token grid, and the logit-Laplace map between pixels and the decoder's output. Parameters bear OpenAI's names (`w`,
+`b`, `blocks.group_1.…`). Fully convolutional: any picture whose sides are multiples of 8.
 """
 
 from __future__ import annotations
@@ -94,14 +94,19 @@ class Block(nn.Module):
         self.res_path = nn.Sequential(path)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.id_path(x) + self.gain * self.res_path(x)
+        out: Tensor = self.id_path(x) + self.gain * self.res_path(x)
+        return out
 
 
-def _group(inputs: int, outputs: int, config: DVAEConfig, kernels: tuple[int, int, int, int], last: nn.Module | None) -> nn.Module:
+def _group(
+    inputs: int, outputs: int, config: DVAEConfig, kernels: tuple[int, int, int, int], last: nn.Module | None
+) -> nn.Module:
     """The group's blocks, then a pool or an upsampling named as OpenAI names it."""
     layers: OrderedDict[str, nn.Module] = OrderedDict()
     for i in range(config.blocks_per_group):
-        layers[f"block_{i + 1}"] = Block(inputs if i == 0 else outputs, outputs, GROUPS * config.blocks_per_group, kernels)
+        layers[f"block_{i + 1}"] = Block(
+            inputs if i == 0 else outputs, outputs, GROUPS * config.blocks_per_group, kernels
+        )
     if last is not None:
         layers["upsample" if isinstance(last, nn.Upsample) else "pool"] = last
     return nn.Sequential(layers)
@@ -130,7 +135,9 @@ class Decoder(nn.Module):
         super().__init__()
         n = config.hidden
         blocks: OrderedDict[str, nn.Module] = OrderedDict(input=Conv2d(config.vocab_size, config.decoder_init, 1))
-        for i, (inputs, outputs) in enumerate(((config.decoder_init, 8 * n), (8 * n, 4 * n), (4 * n, 2 * n), (2 * n, n))):
+        for i, (inputs, outputs) in enumerate(
+            ((config.decoder_init, 8 * n), (8 * n, 4 * n), (4 * n, 2 * n), (2 * n, n))
+        ):
             up = nn.Upsample(scale_factor=2, mode="nearest") if i < 3 else None
             blocks[f"group_{i + 1}"] = _group(inputs, outputs, config, (1, 3, 3, 3), up)
         blocks["output"] = nn.Sequential(OrderedDict(relu=nn.ReLU(), conv=Conv2d(n, 6, 1)))
@@ -142,7 +149,7 @@ class Decoder(nn.Module):
     def from_tokens(self, tokens: Tensor) -> Tensor:
         """forward of one-hot codes, by a table look-up: tokens [B, h, w] int64 -> [B, 6, 8h, 8w]."""
         first = self.blocks[0]
-        x = F.embedding(tokens, first.w[:, :, 0, 0].t().contiguous()) + first.b  # type: ignore[operator,union-attr,index,arg-type]
+        x = F.embedding(tokens, first.w[:, :, 0, 0].t().contiguous()) + first.b  # type: ignore[operator,index]
         return self.blocks[1:](x.permute(0, 3, 1, 2))  # type: ignore[no-any-return]
 
 
@@ -165,14 +172,22 @@ class DVAE(nn.Module):
 
         Raises ValueError for another shape, or values outside 0..1 (NaN included).
         """
-        if pixels.ndim != 4 or pixels.shape[1] != 3 or pixels.shape[2] % FACTOR or pixels.shape[3] % FACTOR or 0 in pixels.shape:
-            raise ValueError(f"got pixels {list(pixels.shape)}, expected [B, 3, height, width] with sides that {FACTOR} divides")
+        if (
+            pixels.ndim != 4
+            or pixels.shape[1] != 3
+            or pixels.shape[2] % FACTOR
+            or pixels.shape[3] % FACTOR
+            or 0 in pixels.shape
+        ):
+            raise ValueError(
+                f"got pixels {list(pixels.shape)}, expected [B, 3, height, width] with sides that {FACTOR} divides"
+            )
         if not pixels.is_floating_point() or not bool(((pixels >= 0) & (pixels <= 1)).all()):
             raise ValueError(f"got {pixels.dtype} pixels, expected floating point within 0..1")
         weight = self.encoder.blocks[0].w
         found = []
-        for part in pixels.split(batch):
-            x = map_pixels(part.to(weight.device, weight.dtype)).contiguous(memory_format=torch.channels_last)  # type: ignore[call-overload,arg-type]
+        for part in torch.split(pixels, batch):
+            x = map_pixels(part.to(weight.device, weight.dtype)).contiguous(memory_format=torch.channels_last)
             found.append(self.encoder(x).argmax(1))
         return torch.cat(found)
 
@@ -183,11 +198,15 @@ class DVAE(nn.Module):
         Raises ValueError for another shape or type, or a code outside the vocabulary.
         """
         if tokens.ndim != 3 or 0 in tokens.shape or tokens.is_floating_point():
-            raise ValueError(f"got {tokens.dtype} tokens {list(tokens.shape)}, expected whole numbers [B, height, width]")
+            raise ValueError(
+                f"got {tokens.dtype} tokens {list(tokens.shape)}, expected whole numbers [B, height, width]"
+            )
         if int(tokens.min()) < 0 or int(tokens.max()) >= self.vocab_size:
-            raise ValueError(f"got tokens {int(tokens.min())} to {int(tokens.max())}, expected 0 to {self.vocab_size - 1}")
+            raise ValueError(
+                f"got tokens {int(tokens.min())} to {int(tokens.max())}, expected 0 to {self.vocab_size - 1}"
+            )
         device = self.decoder.blocks[0].w.device
-        parts = [self.decoder.from_tokens(part.to(device).long())[:, :3].float() for part in tokens.split(batch)]  # type: ignore[arg-type]
+        parts = [self.decoder.from_tokens(part.to(device).long())[:, :3].float() for part in torch.split(tokens, batch)]  # type: ignore[arg-type]
         return unmap_pixels(torch.sigmoid(torch.cat(parts))).contiguous()
 
     def save(self, folder: Path | str, dtype: torch.dtype | None = None) -> None:

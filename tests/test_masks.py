@@ -43,7 +43,9 @@ def test_each_rule_is_what_the_table_says(rule, size):
 
 
 def test_the_three_readings_of_the_convolution_differ_as_counted():
-    flat, clip, torus = (Mask.parse(f"conv(kernel=11,boundary={b})@256+32x32").image() for b in ("flat", "clip", "torus"))
+    flat, clip, torus = (
+        Mask.parse(f"conv(kernel=11,boundary={b})@256+32x32").image() for b in ("flat", "clip", "torus")
+    )
     assert [(flat ^ clip).sum(), (flat ^ torus).sum(), (clip ^ torus).sum()] == [4815, 6075, 10110]
 
 
@@ -120,8 +122,14 @@ def test_a_block_plan_holds_the_mask_bit_by_bit(pattern, layout, blocks):
     rebuilt = np.zeros((count_q * bq, count_k * bk), dtype=bool)
     for b in range(count_q):
         for entry in range(plan.offsets[b], plan.offsets[b + 1]):
-            words = plan.bits[plan.mask_ids[entry]] if plan.mask_ids[entry] >= 0 else np.full((bq, -(-bk // 32)), -1, np.int32)
-            bits = np.unpackbits(np.ascontiguousarray(words).view(np.uint8), axis=1, bitorder="little")[:, :bk].astype(bool)
+            words = (
+                plan.bits[plan.mask_ids[entry]]
+                if plan.mask_ids[entry] >= 0
+                else np.full((bq, -(-bk // 32)), -1, np.int32)
+            )
+            bits = np.unpackbits(np.ascontiguousarray(words).view(np.uint8), axis=1, bitorder="little")[:, :bk].astype(
+                bool
+            )
             k = plan.blocks[entry]
             rebuilt[b * bq : (b + 1) * bq, k * bk : (k + 1) * bk] = bits
             assert bits.any()
@@ -132,7 +140,9 @@ def test_a_block_plan_holds_the_mask_bit_by_bit(pattern, layout, blocks):
     np.testing.assert_array_equal(rebuilt[:cells, :cells], mask.image()[np.ix_(plan.order, plan.order)])
     assert sorted(plan.order) == list(range(cells))
     by_key = {(int(q), k, int(e)) for k in range(count_k) for q, e in _entries(plan, k)}
-    by_query = {(q, int(plan.blocks[e]), e) for q in range(count_q) for e in range(plan.offsets[q], plan.offsets[q + 1])}
+    by_query = {
+        (q, int(plan.blocks[e]), e) for q in range(count_q) for e in range(plan.offsets[q], plan.offsets[q + 1])
+    }
     assert by_key == by_query
 
 

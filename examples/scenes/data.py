@@ -25,8 +25,12 @@ def train_tokenizer(path: Path, scenes: int = 4000, seed: int = 3) -> Tokenizer:
     tokenizer.normalizer = normalizers.Lowercase()
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     letters = list("abcdefghijklmnopqrstuvwxyz0123456789',.-!?")
-    tokenizer.train_from_iterator(lines, trainers.BpeTrainer(
-        vocab_size=TEXT_VOCAB, special_tokens=["[PAD]"], initial_alphabet=letters, show_progress=False))
+    tokenizer.train_from_iterator(
+        lines,
+        trainers.BpeTrainer(
+            vocab_size=TEXT_VOCAB, special_tokens=["[PAD]"], initial_alphabet=letters, show_progress=False
+        ),
+    )
     path.parent.mkdir(parents=True, exist_ok=True)
     tokenizer.save(str(path))
     return tokenizer
@@ -38,7 +42,9 @@ class Batches(Dataset):
     A tenth of the captions is dropped (all pads), so that guidance has something to steer away from.
     """
 
-    def __init__(self, tokenizer: Tokenizer, codebook: Codebook, size: int, caption_len: int, seed: int, steps: int) -> None:
+    def __init__(
+        self, tokenizer: Tokenizer, codebook: Codebook, size: int, caption_len: int, seed: int, steps: int
+    ) -> None:
         self.tokenizer, self.codebook, self.size = tokenizer, codebook, size
         self.caption_len, self.seed, self.steps = caption_len, seed, steps
 
@@ -55,11 +61,11 @@ class Batches(Dataset):
             codes.append(torch.from_numpy(self.codebook.label(*render.layout(scene, rng))))
             if rng.random() >= 0.1:
                 ids = self.tokenizer.encode(caption).ids
-                text[i, :len(ids)] = torch.tensor(ids)
+                text[i, : len(ids)] = torch.tensor(ids)
         return text, torch.stack(codes)
 
 
 def seed_everything(seed: int) -> None:
     random.seed(seed)
-    np.random.seed(seed)
+    np.random.seed(seed)  # noqa: NPY002
     torch.manual_seed(seed)

@@ -35,9 +35,10 @@ class Block:
 class Scene:
     """What a caption says. Fields that a family does not use keep their defaults.
 
-    blocks: `arrangement` is "group" (`count` equal blocks in a row, 1 to 4), "left_of" (blocks[0] left of blocks[1]), "on_top"
-    (blocks[0] stands on blocks[1]) or "tower" (three, top first). clocks: `blocks[0]` gives colour and shape, `hour` is 1 to 12,
-    or 0 when the caption names no time. penguins: `garments` are (garment, colour) pairs in the order of GARMENTS.
+    blocks: `arrangement` is "group" (`count` equal blocks in a row, 1 to 4), "left_of" (blocks[0] left of blocks[1]),
+    "on_top" (blocks[0] stands on blocks[1]) or "tower" (three, top first). clocks: `blocks[0]` gives colour and shape,
+    `hour` is 1 to 12, or 0 when the caption names no time. penguins: `garments` are (garment, colour) pairs in the
+    order of GARMENTS.
     """
 
     family: str
@@ -114,8 +115,11 @@ def captions(scene: Scene) -> list[str]:
     """Every phrasing of the scene; the first is the plainest."""
     if scene.family == "clocks":
         colour, shape = scene.blocks[0].colour, scene.blocks[0].shape
-        bodies = [f"{_article(shape)}-shaped {colour} clock", f"{_article(colour)} clock in the shape of {_article(shape)}",
-                  f"{_article(colour)} {shape}-shaped clock"]
+        bodies = [
+            f"{_article(shape)}-shaped {colour} clock",
+            f"{_article(colour)} clock in the shape of {_article(shape)}",
+            f"{_article(colour)} {shape}-shaped clock",
+        ]
         if not scene.hour:
             return bodies
         hour = HOURS[scene.hour - 1]
@@ -123,8 +127,10 @@ def captions(scene: Scene) -> list[str]:
     if scene.family == "penguins":
         if not scene.garments:
             return ["a penguin", "a picture of a penguin"]
-        worn = [f"{colour} {name}" if name in ("gloves", "pants") else _article(f"{colour} {name}")
-                for name, colour in scene.garments]
+        worn = [
+            f"{colour} {name}" if name in ("gloves", "pants") else _article(f"{colour} {name}")
+            for name, colour in scene.garments
+        ]
         lists = [_join(worn)] if len(worn) == 1 else [_join(worn), _join(worn[::-1]), _join(worn[1:] + worn[:1])]
         return [f"a penguin {verb} {items}" for verb in ("wearing", "with") for items in dict.fromkeys(lists)]
     names = [_article(f"{block.colour} {block.shape}") for block in scene.blocks]
@@ -133,8 +139,10 @@ def captions(scene: Scene) -> list[str]:
     if scene.arrangement == "on_top":
         return [f"{names[0]} on top of {names[1]}", f"{names[1]} below {names[0]}"]
     if scene.arrangement == "tower":
-        return [f"{names[0]} on top of {names[1]} on top of {names[2]}",
-                f"a tower of {names[0]}, {names[1]} and {names[2]}"]
+        return [
+            f"{names[0]} on top of {names[1]} on top of {names[2]}",
+            f"a tower of {names[0]}, {names[1]} and {names[2]}",
+        ]
     size = "small " if scene.small else ""
     noun = f"{size}{scene.blocks[0].colour} {scene.blocks[0].shape}"
     if scene.count == 1:
@@ -159,16 +167,23 @@ def one_attribute_changed(scene: Scene) -> list[Scene]:
     shapes = CLOCK_SHAPES if scene.family == "clocks" else BLOCK_SHAPES
     for index, block in enumerate(scene.blocks):
         other += [blocks_with(index, colour=colour) for colour in COLOURS if colour != block.colour]
-        if scene.arrangement == "group" or index == 0 and scene.arrangement == "on_top" or scene.arrangement == "left_of":
+        if (
+            scene.arrangement == "group"
+            or (index == 0 and scene.arrangement == "on_top")
+            or scene.arrangement == "left_of"
+        ):
             other += [blocks_with(index, shape=shape) for shape in shapes if shape != block.shape]
     if scene.family == "clocks" and scene.hour:
         other += [replace(scene, hour=hour) for hour in range(1, 13) if hour != scene.hour]
     if scene.family == "blocks" and scene.arrangement == "group":
-        other += [replace(scene, count=count) for count in (1, 2, 3, 4) if count != scene.count and (count < 4 or scene.small)]
+        other += [
+            replace(scene, count=count) for count in (1, 2, 3, 4) if count != scene.count and (count < 4 or scene.small)
+        ]
         if scene.count < 4:
             other.append(replace(scene, small=not scene.small))
-    if scene.arrangement in ("left_of", "on_top") and scene.blocks[0].shape == scene.blocks[1].shape \
-            or scene.arrangement == "left_of":
+    if (
+        scene.arrangement in ("left_of", "on_top") and scene.blocks[0].shape == scene.blocks[1].shape
+    ) or scene.arrangement == "left_of":
         other.append(replace(scene, blocks=scene.blocks[::-1]))
     if scene.family == "penguins":
         worn = dict(scene.garments)

@@ -1,14 +1,15 @@
 """Draws a `Scene` as a 256x256 picture, antialiased, deterministic from a seed.
 
-Everything stands on a grid of 8 px, the cell of an f=8 image tokenizer: positions jitter by whole cells, so that a part looks the
-same to the tokenizer wherever it stands, and a plain area is one token repeated. Sizes, shades and backgrounds vary too. Sprites
-(stacks of antialiased masks) are drawn once, eight times too large, and cached; a scene then takes about a millisecond.
+Everything stands on a grid of 8 px, the cell of an f=8 image tokenizer: positions jitter by whole cells, so that a part
+looks the same to the tokenizer wherever it stands, and a plain area is one token repeated. Sizes, shades and
+backgrounds vary too. Sprites (stacks of antialiased masks) are drawn once, eight times too large, and cached; a scene
+then takes about a millisecond.
 """
 
 from __future__ import annotations
 
 import math
-from functools import lru_cache
+from functools import cache
 from typing import NamedTuple
 
 import numpy as np
@@ -17,10 +18,24 @@ from PIL import Image, ImageDraw
 from .grammar import Scene
 
 SIZE, CELL = 256, 8
-PALETTE = {"red": (218, 38, 38), "orange": (245, 132, 24), "yellow": (246, 212, 48), "green": (48, 162, 68),
-           "blue": (42, 92, 216), "purple": (128, 58, 172), "pink": (244, 140, 186), "brown": (122, 76, 40)}
-BACKGROUNDS = {"white": (244, 244, 240), "grey": (206, 210, 214), "cream": (250, 238, 206), "sky": (200, 226, 246),
-               "mint": (206, 238, 216), "lilac": (226, 214, 242)}
+PALETTE = {
+    "red": (218, 38, 38),
+    "orange": (245, 132, 24),
+    "yellow": (246, 212, 48),
+    "green": (48, 162, 68),
+    "blue": (42, 92, 216),
+    "purple": (128, 58, 172),
+    "pink": (244, 140, 186),
+    "brown": (122, 76, 40),
+}
+BACKGROUNDS = {
+    "white": (244, 244, 240),
+    "grey": (206, 210, 214),
+    "cream": (250, 238, 206),
+    "sky": (200, 226, 246),
+    "mint": (206, 238, 216),
+    "lilac": (226, 214, 242),
+}
 FIXED = {"black": (34, 34, 40), "paper": (255, 255, 255), "beak": (240, 150, 20)}
 SHADES = (0.88, 1.0, 1.1)  # the jitter of an object's colour
 CUBE_FACES = {"front": 1.0, "side": 0.7, "top": 1.1}
@@ -72,7 +87,7 @@ def _regular(cx: float, cy: float, radius: float, corners: int, turn: float = 0.
     return points
 
 
-@lru_cache(maxsize=None)
+@cache
 def block_sprite(shape: str, cells: int) -> tuple[Layer, ...]:
     """A block that fills a square of `cells` x `cells` cells."""
     n = cells * CELL
@@ -87,9 +102,11 @@ def block_sprite(shape: str, cells: int) -> tuple[Layer, ...]:
     if shape != "cube":
         raise ValueError(f"got block shape {shape!r}, expected cube, square, circle, triangle or star")
     d = CELL * max(2, round(cells * 0.3))  # depth: the top and side faces lean by 45 degrees, cell by cell
-    return (Layer(_mask(n, n, "polygon", [(0, d), (d, 0), (n, 0), (n - d, d)]), "fill", CUBE_FACES["top"]),
-            Layer(_mask(n, n, "polygon", [(n - d, d), (n, 0), (n, n - d), (n - d, n)]), "fill", CUBE_FACES["side"]),
-            Layer(_rectangle(n, n, 0, d, n - d, n), "fill", CUBE_FACES["front"]))
+    return (
+        Layer(_mask(n, n, "polygon", [(0, d), (d, 0), (n, 0), (n - d, d)]), "fill", CUBE_FACES["top"]),
+        Layer(_mask(n, n, "polygon", [(n - d, d), (n, 0), (n, n - d), (n - d, n)]), "fill", CUBE_FACES["side"]),
+        Layer(_rectangle(n, n, 0, d, n - d, n), "fill", CUBE_FACES["front"]),
+    )
 
 
 # Body of each clock shape: width and height in cells, centre of the dial in px, outline in px around that centre.
@@ -111,7 +128,7 @@ CLOCK_EXTENT = 30  # cells of the square that any clock fits in; the dial is at 
 DIAL, HOUR_HAND, MINUTE_HAND = 42, 22, 34  # radius and lengths, px
 
 
-@lru_cache(maxsize=None)
+@cache
 def clock_sprite(shape: str, radius: int, hour: int) -> tuple[Layer, ...]:
     """A clock whose body is a regular outline of about `radius` px, with a white dial that shows `hour` o'clock."""
     n = CLOCK_EXTENT * CELL
@@ -122,21 +139,28 @@ def clock_sprite(shape: str, radius: int, hour: int) -> tuple[Layer, ...]:
 
     def hand(angle: float, length: float, half_width: float):
         ux, uy = math.sin(angle), -math.cos(angle)
-        return shifted([(-ux * 4 - uy * half_width, -uy * 4 + ux * half_width), (ux * length - uy * half_width,
-                        uy * length + ux * half_width), (ux * length + uy * half_width, uy * length - ux * half_width),
-                        (-ux * 4 + uy * half_width, -uy * 4 - ux * half_width)])
+        return shifted(
+            [
+                (-ux * 4 - uy * half_width, -uy * 4 + ux * half_width),
+                (ux * length - uy * half_width, uy * length + ux * half_width),
+                (ux * length + uy * half_width, uy * length - ux * half_width),
+                (-ux * 4 + uy * half_width, -uy * 4 - ux * half_width),
+            ]
+        )
 
-    return (Layer(_mask(n, n, "polygon", shifted(_clock_outline(shape, radius))), "fill"),
-            Layer(_mask(n, n, "ellipse", (c, c, DIAL, DIAL)), "paper"),
-            Layer(_mask(n, n, "polygon", hand(0.0, MINUTE_HAND, 1.7)), "black"),
-            Layer(_mask(n, n, "polygon", hand(math.tau * hour / 12, HOUR_HAND, 4.0)), "black"),
-            Layer(_mask(n, n, "ellipse", (c, c, 5, 5)), "black"))
+    return (
+        Layer(_mask(n, n, "polygon", shifted(_clock_outline(shape, radius))), "fill"),
+        Layer(_mask(n, n, "ellipse", (c, c, DIAL, DIAL)), "paper"),
+        Layer(_mask(n, n, "polygon", hand(0.0, MINUTE_HAND, 1.7)), "black"),
+        Layer(_mask(n, n, "polygon", hand(math.tau * hour / 12, HOUR_HAND, 4.0)), "black"),
+        Layer(_mask(n, n, "ellipse", (c, c, 5, 5)), "black"),
+    )
 
 
 PENGUIN_WIDTH, PENGUIN_HEIGHT = 20, 27  # cells
 
 
-@lru_cache(maxsize=None)
+@cache
 def penguin_sprite(garments: tuple[str, ...]) -> tuple[Layer, ...]:
     """A penguin that wears `garments`, each painted with the paint of its own name."""
     w, h = PENGUIN_WIDTH * CELL, PENGUIN_HEIGHT * CELL
@@ -146,21 +170,48 @@ def penguin_sprite(garments: tuple[str, ...]) -> tuple[Layer, ...]:
 
     body = ellipse(80, 136, 56, 72)
     belly = ellipse(80, 140, 38, 58)
-    layers = [Layer(ellipse(58, 206, 22, 9), "beak"), Layer(ellipse(102, 206, 22, 9), "beak"),
-              Layer(body, "black"), Layer(belly, "paper")]
+    layers = [
+        Layer(ellipse(58, 206, 22, 9), "beak"),
+        Layer(ellipse(102, 206, 22, 9), "beak"),
+        Layer(body, "black"),
+        Layer(belly, "paper"),
+    ]
     if "shirt" in garments:
         layers.append(Layer(body * _rectangle(w, h, 0, 96, w, 152), "shirt"))
     if "pants" in garments:
         layers.append(Layer(body * _rectangle(w, h, 0, 152, w, h), "pants"))
     for side in (-1, 1):
         x = 80 + 58 * side
-        layers.append(Layer(_mask(w, h, "polygon", [(80 + 34 * side, 84), (80 + 52 * side, 92), (x + 14 * side, 144),
-                                                    (x + 2 * side, 150), (80 + 46 * side, 130)]), "black"))
+        layers.append(
+            Layer(
+                _mask(
+                    w,
+                    h,
+                    "polygon",
+                    [
+                        (80 + 34 * side, 84),
+                        (80 + 52 * side, 92),
+                        (x + 14 * side, 144),
+                        (x + 2 * side, 150),
+                        (80 + 46 * side, 130),
+                    ],
+                ),
+                "black",
+            )
+        )
         if "gloves" in garments:
-            layers += [Layer(ellipse(80 + 62 * side, 150, 18, 18), "black"), Layer(ellipse(80 + 62 * side, 150, 14, 14), "gloves")]
-    layers += [Layer(ellipse(80, 60, 38, 38), "black"), Layer(ellipse(66, 62, 14, 17), "paper"),
-               Layer(ellipse(94, 62, 14, 17), "paper"), Layer(ellipse(68, 58, 4.5, 4.5), "black"),
-               Layer(ellipse(92, 58, 4.5, 4.5), "black"), Layer(_mask(w, h, "polygon", [(70, 68), (90, 68), (80, 82)]), "beak")]
+            layers += [
+                Layer(ellipse(80 + 62 * side, 150, 18, 18), "black"),
+                Layer(ellipse(80 + 62 * side, 150, 14, 14), "gloves"),
+            ]
+    layers += [
+        Layer(ellipse(80, 60, 38, 38), "black"),
+        Layer(ellipse(66, 62, 14, 17), "paper"),
+        Layer(ellipse(94, 62, 14, 17), "paper"),
+        Layer(ellipse(68, 58, 4.5, 4.5), "black"),
+        Layer(ellipse(92, 58, 4.5, 4.5), "black"),
+        Layer(_mask(w, h, "polygon", [(70, 68), (90, 68), (80, 82)]), "beak"),
+    ]
     if "hat" in garments:
         layers += [Layer(_rectangle(w, h, 56, 0, 104, 32), "hat"), Layer(_rectangle(w, h, 40, 32, 120, 40), "hat")]
     return tuple(layers)
@@ -189,7 +240,10 @@ def layout(scene: Scene, rng: np.random.Generator) -> tuple[str, list[Placed]]:
 
     if scene.arrangement == "left_of":
         a, b = (8, 10)[between(0, 1)], (8, 10)[between(0, 1)]
-        return background, [block(0, a, between(8, 14), between(1, 14 - a)), block(1, b, between(8, 14), between(17, 30 - b))]
+        return background, [
+            block(0, a, between(8, 14), between(1, 14 - a)),
+            block(1, b, between(8, 14), between(17, 30 - b)),
+        ]
     if scene.arrangement == "on_top":
         a, b = (8, 10)[between(0, 1)], (8, 10)[between(0, 1)]
         row, middle = between(4, 8), between(12, 20)
@@ -223,7 +277,7 @@ def paint(background: str, placed: list[Placed], rng: np.random.Generator | None
                 rgb = np.asarray(FIXED[layer.paint], np.float32) / 255
             else:
                 rgb = np.asarray(PALETTE[part.colours[layer.paint]], np.float32) / 255 * (part.shade * layer.shade)
-            region = picture[y:y + layer.mask.shape[0], x:x + layer.mask.shape[1]]
+            region = picture[y : y + layer.mask.shape[0], x : x + layer.mask.shape[1]]
             region += layer.mask[:, :, None] * (rgb + tint[layer.paint] - region)
     return picture.clip(0, 1)
 

@@ -1,9 +1,10 @@
 """The code that each 8x8 cell of a training scene should get, so that a transformer has little to guess.
 
-A plain cell's code says its colour. Any other cell's code says its *form* only, whatever the colours on its two sides: forms are
-k-means centres of the same scenes painted in one canonical colour. The decoder sees neighbouring cells and fills in the colours.
-So a red triangle's slanted edge has the codes of every triangle's edge, and colour combinations never seen in training need no
-code of their own. 1455 different forms occur in the grammar; a vocabulary of 512 keeps 471 of them apart.
+A plain cell's code says its colour. Any other cell's code says its *form* only, whatever the colours on its two sides:
+forms are k-means centres of the same scenes painted in one canonical colour. The decoder sees neighbouring cells and
+fills in the colours. So a red triangle's slanted edge has the codes of every triangle's edge, and colour combinations
+never seen in training need no code of their own. 1455 different forms occur in the grammar; a vocabulary of 512 keeps
+471 of them apart.
 """
 
 from __future__ import annotations
@@ -21,7 +22,9 @@ _FLAT = 8 / 255  # a cell whose channels vary less than this is plain
 def cells(picture: np.ndarray) -> np.ndarray:
     """[256, 256, 3] -> [1024, 64, 3]: the pixels of each cell, in raster order."""
     side = picture.shape[0] // render.CELL
-    return picture.reshape(side, render.CELL, side, render.CELL, 3).swapaxes(1, 2).reshape(side * side, render.CELL**2, 3)
+    return (
+        picture.reshape(side, render.CELL, side, render.CELL, 3).swapaxes(1, 2).reshape(side * side, render.CELL**2, 3)
+    )
 
 
 def canonical(placed: list[render.Placed]) -> np.ndarray:
@@ -65,12 +68,14 @@ class Codebook:
         codes = np.full((side, side), self._plain(np.asarray(render.BACKGROUNDS[background]) / 255))
         for part in placed:
             forms, layers = self._template(part.sprite)
-            region = codes[part.row:part.row + forms.shape[0], part.column:part.column + forms.shape[1]]
+            region = codes[part.row : part.row + forms.shape[0], part.column : part.column + forms.shape[1]]
             np.copyto(region, forms, where=forms >= 0)
             for i in np.unique(layers[layers >= 0]):
                 layer = part.sprite[i]
                 fixed = layer.paint in render.FIXED
-                rgb = np.asarray(render.FIXED[layer.paint] if fixed else render.PALETTE[part.colours[layer.paint]]) / 255
+                rgb = (
+                    np.asarray(render.FIXED[layer.paint] if fixed else render.PALETTE[part.colours[layer.paint]]) / 255
+                )
                 region[layers == i] = self._plain((rgb * (1.0 if fixed else part.shade * layer.shade)).clip(0, 1))
         return codes.reshape(-1)
 
@@ -81,14 +86,16 @@ class Codebook:
         """Per cell of a sprite: its form's code or -1, and if plain the index of the layer on top, -1 for the background."""
         if id(sprite) not in self._templates:  # sprites are cached for good, so an id stays theirs
             height, width = (n // render.CELL for n in sprite[0].mask.shape)
-            form = cells(canonical([render.Placed(sprite, 0, 0, {"fill": "red", **dict.fromkeys(GARMENTS, "red")}, 1.0)]))
+            form = cells(
+                canonical([render.Placed(sprite, 0, 0, {"fill": "red", **dict.fromkeys(GARMENTS, "red")}, 1.0)])
+            )
             flat = np.ptp(form, axis=1).max(-1) <= _FLAT
             forms = np.full(len(form), -1)
             forms[~flat] = len(self.colours) + _nearest(form[~flat].reshape(-1, self.forms.shape[1]), self.forms)
             half = render.CELL // 2
             layers = np.full((height, width), -1)
             for i, layer in enumerate(sprite):
-                layers[layer.mask[half::render.CELL, half::render.CELL] > 0.5] = i
+                layers[layer.mask[half :: render.CELL, half :: render.CELL] > 0.5] = i
             side = render.SIZE // render.CELL
             forms = forms.reshape(side, side)[:height, :width]
             layers[forms >= 0] = -1

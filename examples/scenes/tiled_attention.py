@@ -1,9 +1,10 @@
 """The model's sparse attention written as plain matrix products and one softmax, for training on a CPU.
 
-Cells are grouped into rows of the grid (or, where a pattern never leaves its column, into columns). A group reads the text and a
-window of whole groups, the fewest that hold every neighbour; what the pattern does not allow is masked. At 12 layers, width 192
-and 32 text positions a training step takes half the time of the library's general path on a CPU (0.16 against 0.32 core-seconds a
-sequence), because autograd's products run in oneDNN. On a GPU train with the library's kernels instead.
+Cells are grouped into rows of the grid (or, where a pattern never leaves its column, into columns). A group reads the
+text and a window of whole groups, the fewest that hold every neighbour; what the pattern does not allow is masked. At
+12 layers, width 192 and 32 text positions a training step takes half the time of the library's general path on a CPU
+(0.16 against 0.32 core-seconds a sequence), because autograd's products run in oneDNN. On a GPU train with the
+library's kernels instead.
 """
 
 from __future__ import annotations
@@ -54,7 +55,7 @@ def _plan(mask: Mask, dtype: torch.dtype) -> tuple[bool, int, Tensor]:
             source = group - (window - 1) + j
             if source >= 0:
                 part = allowed[order[group][:, None], order[source][None]]
-                bias[group, :, j * members:(j + 1) * members].masked_fill_(part, 0.0)
+                bias[group, :, j * members : (j + 1) * members].masked_fill_(part, 0.0)
     return by_column, window, bias.to(dtype)
 
 
@@ -77,7 +78,7 @@ def tiled_attention(q: Tensor, k: Tensor, v: Tensor, mask: Mask, by_column: bool
         if window == 1:
             return x
         padded = F.pad(x, (0, 0, 0, 0, window - 1, 0))
-        return torch.cat([padded[:, :, i:i + x.shape[2]] for i in range(window)], dim=3)
+        return torch.cat([padded[:, :, i : i + x.shape[2]] for i in range(window)], dim=3)
 
     near = grouped(cells_q) @ windows(k[:, :, text:]).transpose(-1, -2) + bias
     share = torch.cat([grouped(to_text), near], dim=-1).softmax(-1)

@@ -1,9 +1,11 @@
-"""Trains the bundled dVAE on crops of rendered scenes; resumes from its checkpoint. `python -m examples.scenes.train_dvae --help`.
+"""Trains the bundled dVAE on crops of rendered scenes; resumes from its checkpoint.
 
-The paper's objective (Gumbel-softmax relaxation, temperature annealed to 1/16, logit-Laplace likelihood) with two additions: a
-squared-error term, and a cross-entropy that ties the encoder to steady_codes.py. The last quarter of the steps feeds the decoder
-the argmax codes, as sampling does. There is no KL term: it would reward using all codes equally often, and here a plain
-background should cost nothing.
+`python -m examples.scenes.train_dvae --help`.
+
+The paper's objective (Gumbel-softmax relaxation, temperature annealed to 1/16, logit-Laplace likelihood) with two
+additions: a squared-error term, and a cross-entropy that ties the encoder to steady_codes.py. The last quarter of the
+steps feeds the decoder the argmax codes, as sampling does. There is no KL term: it would reward using all codes equally
+often, and here a plain background should cost nothing.
 """
 
 from __future__ import annotations
@@ -52,8 +54,8 @@ def batch_of(data, step: int, size: int, seed: int) -> tuple[torch.Tensor, torch
         if rng.random() < 0.75 and len(busy[i]):
             cell = int(busy[i][int(rng.integers(len(busy[i])))])
             r, c = (int(np.clip(v - rng.integers(0, CROP), 0, 32 - CROP)) for v in divmod(cell, 32))
-        xs.append(pictures[i, :, 8 * r:8 * (r + CROP), 8 * c:8 * (c + CROP)])
-        ys.append(codes[i, r:r + CROP, c:c + CROP])
+        xs.append(pictures[i, :, 8 * r : 8 * (r + CROP), 8 * c : 8 * (c + CROP)])
+        ys.append(codes[i, r : r + CROP, c : c + CROP])
     return torch.stack(xs).float() / 255, torch.stack(ys)
 
 
@@ -92,7 +94,9 @@ def quality(model: DVAE, scenes: int, seed: int) -> tuple[float, float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, required=True, help="folder of dvae.json and dvae.safetensors; the checkpoint is beside")
+    parser.add_argument(
+        "--out", type=Path, required=True, help="folder of dvae.json and dvae.safetensors; the checkpoint is beside"
+    )
     parser.add_argument("--steps", type=int, default=8000)
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--scenes", type=int, default=3000)
@@ -134,8 +138,15 @@ def main() -> None:
         if step % 50 == 0:
             bar.set_postfix({name: f"{float(value):.3f}" for name, value in figures.items()})
         if (step + 1) % 500 == 0 or step + 1 == args.steps:
-            torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step + 1, "average": average},
-                       checkpoint.with_suffix(".tmp"))
+            torch.save(
+                {
+                    "model": model.state_dict(),
+                    "optimizer": optimizer.state_dict(),
+                    "step": step + 1,
+                    "average": average,
+                },
+                checkpoint.with_suffix(".tmp"),
+            )
             os.replace(checkpoint.with_suffix(".tmp"), checkpoint)
             final = DVAE(model.config)
             final.load_state_dict({name: value.cpu() for name, value in average.items()})

@@ -1,9 +1,9 @@
 """Trains the bundled transformer; the same command on a GPU or a CPU, resumes from its checkpoint.
 
-`python -m examples.scenes.train_transformer --help`. The learning rate is constant until the last `--decay` steps, which take it to
-zero: a run may be prolonged by resuming its checkpoint with more `--steps`. Until the decay the text section has 32 positions, which
-every caption of the grammar fits into and which halves the work; then the model gets its 256.
-Matrices learn by Muon, everything else by AdamW. Weights are float32, arithmetic is bfloat16.
+`python -m examples.scenes.train_transformer --help`. The learning rate is constant until the last `--decay` steps,
+which take it to zero: a run may be prolonged by resuming its checkpoint with more `--steps`. Until the decay the text
+section has 32 positions, which every caption of the grammar fits into and which halves the work; then the model gets
+its 256. Matrices learn by Muon, everything else by AdamW. Weights are float32, arithmetic is bfloat16.
 """
 
 from __future__ import annotations
@@ -34,8 +34,15 @@ REPEAT_WEIGHT = 0.2  # of a code equal to both its left and its upper neighbour:
 
 def config_of(dim: int, layers: int, caption_len: int) -> ModelConfig:
     patterns = ("row", "column", "row", "row") * (layers // 4 + 1)
-    return ModelConfig(dim=dim, layers=layers, heads=dim // 64, patterns=(*patterns[:layers - 1], "conv(kernel=5,boundary=flat)"),
-                       caption_len=caption_len, text_vocab=TEXT_VOCAB, image_vocab=512)
+    return ModelConfig(
+        dim=dim,
+        layers=layers,
+        heads=dim // 64,
+        patterns=(*patterns[: layers - 1], "conv(kernel=5,boundary=flat)"),
+        caption_len=caption_len,
+        text_vocab=TEXT_VOCAB,
+        image_vocab=512,
+    )
 
 
 def start_positions(model: DalleModel) -> None:
@@ -54,7 +61,7 @@ def with_text(model: DalleModel, caption_len: int) -> DalleModel:
     state, extra = dict(model.state_dict()), caption_len - old.caption_len
     for name in ("text_embedding.weight", "head.weight", "head.bias"):
         cut = old.text_logits
-        pad = state[name][cut - 1:cut]
+        pad = state[name][cut - 1 : cut]
         pad = pad.expand(extra, *pad.shape[1:])
         state[name] = torch.cat([state[name][:cut], pad + 0.002 * torch.randn_like(pad), state[name][cut:]])
     last = state["text_positions"][-1:].expand(extra, -1)
@@ -69,7 +76,7 @@ def losses(model: DalleModel, text: Tensor, image: Tensor, run: Pass) -> tuple[T
     x = torch.cat([model.embed_section(section), model.embed_start(section), model.embed_image(image[:, :-1])], dim=1)
     x = model.run_blocks(x, run)
     count = section.shape[1]
-    text_loss = F.cross_entropy(model.text_logits(x[:, :count - 1]).flatten(0, 1).float(), section[:, 1:].flatten())
+    text_loss = F.cross_entropy(model.text_logits(x[:, : count - 1]).flatten(0, 1).float(), section[:, 1:].flatten())
     each = F.cross_entropy(model.image_logits(x[:, count:]).flatten(0, 1).float(), image.flatten(), reduction="none")
     grid = image.view(-1, model.config.height, width)
     repeat = torch.zeros_like(grid, dtype=torch.bool)
@@ -89,8 +96,10 @@ class Training:
         matrices = [p for p in self.model.blocks.parameters() if p.ndim == 2]
         chosen = {id(p) for p in matrices}
         rest = [p for p in self.model.parameters() if id(p) not in chosen]
-        self.optimizers = [(torch.optim.Muon(matrices, lr=matrix_lr, momentum=0.95, weight_decay=0.0), matrix_lr),
-                           (torch.optim.AdamW(rest, lr=lr, betas=(0.9, 0.95), weight_decay=0.0), lr)]
+        self.optimizers = [
+            (torch.optim.Muon(matrices, lr=matrix_lr, momentum=0.95, weight_decay=0.0), matrix_lr),
+            (torch.optim.AdamW(rest, lr=lr, betas=(0.9, 0.95), weight_decay=0.0), lr),
+        ]
 
     def step(self, text: Tensor, image: Tensor, scale: float) -> tuple[float, float]:
         """One update at `scale` times the learning rates; returns the mean text and image losses."""
@@ -116,9 +125,13 @@ class Training:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, required=True, help="the model folder; its checkpoint is training.pt in there")
+    parser.add_argument(
+        "--out", type=Path, required=True, help="the model folder; its checkpoint is training.pt in there"
+    )
     parser.add_argument("--steps", type=int, default=4000)
-    parser.add_argument("--decay", type=int, default=1000, help="steps of the final decay, trained with the whole text section")
+    parser.add_argument(
+        "--decay", type=int, default=1000, help="steps of the final decay, trained with the whole text section"
+    )
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--dim", type=int, default=192)
     parser.add_argument("--layers", type=int, default=12)
@@ -169,7 +182,9 @@ def main() -> None:
                 saved = {**training.state(), "step": step, "text": training.model.config.caption_len}
                 torch.save(saved, checkpoint.with_suffix(".tmp"))
                 os.replace(checkpoint.with_suffix(".tmp"), checkpoint)
-                tqdm.write(f"step {step} ({step * args.batch} sequences): text {mean[0]:.4f}, image {mean[1]:.5f}", nolock=True)
+                tqdm.write(
+                    f"step {step} ({step * args.batch} sequences): text {mean[0]:.4f}, image {mean[1]:.5f}", nolock=True
+                )
     final = copy.deepcopy(training.model).cpu().half()
     final.save(args.out)
     print(f"wrote {args.out}: {args.steps * args.batch} sequences seen", flush=True)
