@@ -184,7 +184,7 @@ class DVAE(nn.Module):
             )
         if not pixels.is_floating_point() or not bool(((pixels >= 0) & (pixels <= 1)).all()):
             raise ValueError(f"got {pixels.dtype} pixels, expected floating point within 0..1")
-        weight = self.encoder.blocks[0].w
+        weight = next(self.encoder.parameters())
         found = []
         for part in torch.split(pixels, batch):
             x = map_pixels(part.to(weight.device, weight.dtype)).contiguous(memory_format=torch.channels_last)
@@ -205,8 +205,8 @@ class DVAE(nn.Module):
             raise ValueError(
                 f"got tokens {int(tokens.min())} to {int(tokens.max())}, expected 0 to {self.vocab_size - 1}"
             )
-        device = self.decoder.blocks[0].w.device
-        parts = [self.decoder.from_tokens(part.to(device).long())[:, :3].float() for part in torch.split(tokens, batch)]  # type: ignore[arg-type]
+        device = next(self.decoder.parameters()).device
+        parts = [self.decoder.from_tokens(part.to(device).long())[:, :3].float() for part in torch.split(tokens, batch)]
         return unmap_pixels(torch.sigmoid(torch.cat(parts))).contiguous()
 
     def save(self, folder: Path | str, dtype: torch.dtype | None = None) -> None:
