@@ -13,7 +13,7 @@ from torch import Tensor
 
 from dalle_fast import backends, ops
 from dalle_fast.cache import Cache
-from dalle_fast.engine import _at_least_float32
+from dalle_fast.engine import at_least_float32
 from dalle_fast.model import DalleModel
 
 WARM_UP = 2  # runs before a capture: the first compiles kernels and lets libraries allocate their workspaces
@@ -57,7 +57,7 @@ class GraphEngine:
                 self.config, len(text), candidates, chunk=self.chunk, dtype=weight.dtype, device=weight.device
             )
         with backends.use(self.backend):
-            return _at_least_float32(self.model.prefill(text.to(weight.device), self.cache))
+            return at_least_float32(self.model.prefill(text.to(weight.device), self.cache))
 
     def step(self, tokens: Tensor) -> Tensor:
         return self.feed(tokens[:, None])
@@ -157,7 +157,7 @@ class _Step:
     def _step(self) -> tuple[Tensor | None, Tensor]:
         """The work of one step, without a host synchronisation on a GPU; also what tests run where there is none."""
         with backends.use(self.engine.backend):
-            logits = _at_least_float32(self.engine.model.step(self.tokens, self.cache))
+            logits = at_least_float32(self.engine.model.step(self.tokens, self.cache))
             if self.settings is None:
                 return None, logits
             temperature, top_k, top_p, guidance_scale, seed = self.settings

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from dalle_fast import sampling
 from dalle_fast.config import ModelConfig
-from dalle_fast.engine import Engine, load_engine
+from dalle_fast.engine import Engine
+from dalle_fast.loading import load_engine
 from dalle_fast.model import DalleModel
 from dalle_fast.ranking import ClipRanker
 from dalle_fast.regions import Box, known_outside

@@ -19,10 +19,12 @@ ROOT = Path(__file__).resolve().parent.parent
 
 # Each module imports only from those before it. A new module gets its place here.
 ORDER = [
-    *("layout", "masks", "reference", "backends"),
+    *("layout", "masks", "reference", "backends", "quantize"),
     *("kernels", "torch_backend", "cpu_backend", "triton_backend", "cuda_backend"),
-    *("ops", "config", "cache", "quantize", "weights", "passes", "model", "engine", "sampling"),
-    *("text", "images", "ranking", "checkpoints", "pipeline", "figures", "env", "cli"),
+    *("ops", "linear", "config", "cache", "weights", "passes", "model"),
+    *("planning", "engine", "cpu_engine", "graph_engine", "loading", "sampling"),
+    *("tokenizer", "vqgan", "images", "ranking", "regions", "pipeline", "jobs"),
+    *("checkpoints", "figures", "env", "commands", "cli"),
 ]
 CODE = (".py", ".cpp", ".cu", ".cuh", ".h")
 MAX_LINES = 400

@@ -1,0 +1,66 @@
+"""Which engine serves a model folder on a device, in a type, by a backend."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import torch
+
+from dalle_fast import backends, cpu_engine, weights
+from dalle_fast.backends import Call
+from dalle_fast.config import ModelConfig
+from dalle_fast.engine import Engine, TorchEngine
+from dalle_fast.model import DalleModel
+
+log = logging.getLogger(__name__)
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+QUANTIZED = ("int8", "int4")
+
+
+def load_engine(
+    folder: Path, *, device: str = "auto", dtype: str = "auto", backend: str = "auto", chunk: int = 1
+) -> Engine:
+    """The fastest engine that serves the model of a folder on a device, in a type, by a backend; "auto" chooses.
+
+    Raises ValueError for unknown names, BackendUnavailable for a backend that can't run here, WeightError for bad files.
+    """
+    if dtype not in ("auto", *DTYPES, *QUANTIZED):
+        raise ValueError(f"got dtype {dtype!r}, expected one of auto, {', '.join((*DTYPES, *QUANTIZED))}")
+    if backend != "auto":
+        backends.check_name(backend)
+    where = check_device(device)
+    if where.type == "cpu" and backend in ("auto", "cpu"):
+        reason = cpu_engine.why_not(ModelConfig.from_json(weights.read_text(folder / "config.json")), dtype)
+        if reason is None:
+            engine: Engine = cpu_engine.CpuEngine.load(folder, dtype=dtype, chunk=chunk)
+            return engine
+        if backend == "cpu":
+            raise backends.BackendUnavailable(f"backend 'cpu' cannot run this model in {dtype}: {reason}")
+        if dtype in QUANTIZED:
+            raise backends.BackendUnavailable(f"dtype {dtype!r} needs the cpu backend: {reason}")
+        log.info("the model runs on the torch backend: %s", reason)
+    if dtype in QUANTIZED:
+        raise backends.BackendUnavailable(
+            f"dtype {dtype!r} needs the cpu backend, got device {where} and backend {backend!r}"
+        )
+    kind = DTYPES[dtype] if dtype != "auto" else torch.float32 if where.type == "cpu" else torch.bfloat16
+    if backend != "auto" and (reason := backends.why_not(backend, Call("decode_attention", where.type, kind, 64))):
+        raise backends.BackendUnavailable(f"backend {backend!r} cannot run here: {reason}")
+    return TorchEngine(DalleModel.load(folder, dtype=kind, device=where), chunk, backend)
+
+
+def check_device(name: str) -> torch.device:
+    """ "auto" is a GPU if there is one. Raises ValueError for an unknown device or one that is not here."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ValueError(f"got device {name!r}, expected auto, cpu, cuda or cuda:N") from None
+    if device.type not in ("cpu", "cuda"):
+        raise ValueError(f"got device {name!r}, expected auto, cpu, cuda or cuda:N")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ValueError(f"got device {name!r}, but PyTorch sees {torch.cuda.device_count()} CUDA devices here")
+    return device
