@@ -69,7 +69,7 @@ def _sample_options(sample: argparse.ArgumentParser) -> None:
     option("--device", default="auto", help="auto, cpu, cuda, cuda:1 … (%(default)s)")
     option("--dtype", default="auto", help="auto, float32, bfloat16, float16, int8, int4 (%(default)s)")
     option("--backend", default="auto", help="auto, or one that `dalle-fast info` lists (%(default)s)")
-    option("--wave", type=int, help="pictures drawn at a time")
+    option("--wave", type=int, help="pictures drawn at a time (else 8, or on a GPU what fits its memory)")
     sample.set_defaults(run=run_sample)
 
 
@@ -129,7 +129,7 @@ def run_masks(arguments: argparse.Namespace) -> int:
 
 def run_sample(arguments: argparse.Namespace) -> int:
     from dalle_fast.pipeline import Pipeline
-    from dalle_fast.sampling import DEFAULT_WAVE, SamplingSettings
+    from dalle_fast.sampling import SamplingSettings, default_wave
 
     for name, least in (("n", 1), ("first", 0), ("wave", 1), ("keep", 1)):
         value = getattr(arguments, name)
@@ -151,7 +151,7 @@ def run_sample(arguments: argparse.Namespace) -> int:
         ranked = arguments.rank or arguments.keep is not None
         if ranked:
             _load_ranker(pipeline)
-        wave = arguments.wave or DEFAULT_WAVE
+        wave = arguments.wave or default_wave(pipeline.engine, arguments.n, settings)
         started = time.perf_counter()
         pictures, finished = [], True
         try:

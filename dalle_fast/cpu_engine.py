@@ -182,6 +182,9 @@ class CpuEngine:
     def nbytes(self) -> int:
         return int(self._engine.cache_bytes)
 
+    def most_candidates(self, guided: bool = False) -> int | None:
+        return None
+
     def weight_nbytes(self) -> int:
         """Bytes of the packed weights: what a step reads, but for the image embedding."""
         return int(self._engine.weight_bytes)

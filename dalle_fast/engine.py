@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -42,6 +42,43 @@ class Engine(Protocol):
 
     def nbytes(self) -> int:
         """Bytes of the cache."""
+        ...
+
+    def most_candidates(self, guided: bool = False) -> int | None:
+        """How many candidates of one prompt the device's memory holds, twice each where guided; None: ask someone else."""
+        ...
+
+
+class Drawn(NamedTuple):
+    """What a step that draws returns, N candidates. May be the engine's own buffers: they hold until its next step."""
+
+    tokens: Tensor  # [N] int64
+    log_p: Tensor  # [N] float64: log_probability of the tokens
+    logits: Tensor  # [B, image_vocab]: the model's own, before guidance and cuts
+
+
+@runtime_checkable
+class DrawingEngine(Engine, Protocol):
+    """An engine whose step ends with the draw of the next token, all of it one piece of work."""
+
+    def sample(
+        self,
+        tokens: Tensor,
+        candidates: Tensor,
+        *,
+        temperature: float = 1.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        guidance_scale: float = 1.0,
+        seed: int = 0,
+        given: Tensor | None = None,
+    ) -> Drawn:
+        """Feeds the token [B] of every sequence and draws the next one of every candidate [N] int64.
+
+        N = B, or B / 2 with guidance, where the second half of the batch has the empty caption and both halves get the same
+        tokens. given [N] int64: the next token where it is known, -1 where it is to be drawn. Other arguments as in
+        ops.sample. Raises ValueError for other shapes or settings out of range.
+        """
         ...
 
 
@@ -86,6 +123,14 @@ class TorchEngine:
 
     def nbytes(self) -> int:
         return 0 if self.cache is None else self.cache.nbytes()
+
+    def most_candidates(self, guided: bool = False) -> int | None:
+        return None
+
+
+def log_probability(logits: Tensor, tokens: Tensor) -> Tensor:
+    """The log-probability [N] of tokens [N] under logits [N, V], float64."""
+    return (logits.gather(1, tokens[:, None]).squeeze(1) - logits.logsumexp(1)).double()
 
 
 def at_least_float32(logits: Tensor) -> Tensor:

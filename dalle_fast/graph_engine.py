@@ -6,6 +6,8 @@ host never waits for the device; whoever reads the logits or the tokens decides 
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Callable
 from typing import Any, cast
 
 import torch
@@ -13,11 +15,16 @@ from torch import Tensor
 
 from dalle_fast import backends, ops
 from dalle_fast.cache import Cache
-from dalle_fast.engine import at_least_float32
+from dalle_fast.engine import Drawn, at_least_float32, log_probability
 from dalle_fast.model import DalleModel
+from dalle_fast.planning import plan_memory
+
+log = logging.getLogger(__name__)
 
 WARM_UP = 2  # runs before a capture: the first compiles kernels and lets libraries allocate their workspaces
-MAX_GRAPHS = 8  # each holds its own activations
+MAX_GRAPHS = (
+    8  # one a number of cells fed and one a set of sampling settings; they share the memory of their activations
+)
 
 
 class GraphEngine:
@@ -26,14 +33,22 @@ class GraphEngine:
     model    on a CUDA device; on a CPU with capture=False, which runs the same step function without a graph
     chunk    known tokens fed at a time; each costs a slot in every ring
     backend  who computes the ops; "auto" chooses for each
+    free     says how many bytes of memory are free; None: asks the device
 
-    Returned logits are the graph's own buffer: they hold until the next step. Raises ValueError for a capture on a CPU.
+    Returned logits and tokens are the graph's own buffers: they hold until the next step. Raises ValueError for a capture
+    on a CPU.
     """
 
     batch_invariant = False  # a matrix product's rounding depends on its shape
 
     def __init__(
-        self, model: DalleModel, chunk: int = 1, backend: str = "auto", *, capture: bool | None = None
+        self,
+        model: DalleModel,
+        chunk: int = 1,
+        backend: str = "auto",
+        *,
+        capture: bool | None = None,
+        free: Callable[[], int] | None = None,
     ) -> None:
         weight = model.head.weight
         on_gpu = weight.device.type == "cuda"
@@ -45,7 +60,10 @@ class GraphEngine:
         self.chunk, self.backend = chunk, backend
         self.capture = on_gpu if capture is None else capture
         self.cache: Cache | None = None
+        self._free = free or (lambda: free_memory(weight.device)) if on_gpu or free else None
         self._steps: dict[Any, _Step] = {}
+        # Graphs are replayed one after another, and what each returns stays alive: scratch may be common to all.
+        self.pool = torch.cuda.graph_pool_handle() if self.capture else None
 
     @torch.inference_mode()
     def prefill(self, text: Tensor, candidates: int) -> Tensor:
@@ -68,10 +86,7 @@ class GraphEngine:
         if tokens.ndim != 2 or tokens.shape[0] != cache.batch or tokens.dtype != torch.int64 or not tokens.shape[1]:
             raise ValueError(f"got tokens {list(tokens.shape)} {tokens.dtype}, expected [{cache.batch}, k] int64")
         for part in torch.split(tokens, self.chunk, dim=1):
-            n = part.shape[1]
-            if n not in self._steps:
-                self._steps[n] = _Step(self, n, None)
-            logits = self._steps[n].run(part)[1]
+            logits = self._step(part.shape[1], None).run(part)[0]
         return logits
 
     @torch.inference_mode()
@@ -81,6 +96,25 @@ class GraphEngine:
 
     def nbytes(self) -> int:
         return 0 if self.cache is None else self.cache.nbytes()
+
+    def most_candidates(self, guided: bool = False) -> int | None:
+        """By planning.plan_memory. Raises ValueError, with what is there and what it takes, where not even one fits."""
+        if self._free is None:
+            return None
+        weight = self.model.head.weight
+        free = self._free() + self.nbytes()  # the cache of the last wave makes room for the next
+        plan = plan_memory(self.config, free, dtype=weight.dtype, weights_loaded=True, chunk=self.chunk, guided=guided)
+        if not plan.candidates:
+            needed = plan.total(1) - plan.weights
+            raise ValueError(
+                f"got {free / 1e9:.2f} GB of free memory on {weight.device} beside the weights, expected at least "
+                f"{needed / 1e9:.2f} GB for one candidate"
+            )
+        log.info(
+            "%.2f GB free beside %.2f GB of weights: %d candidates of %.1f MB each fit at a time",
+            free / 1e9, plan.weights / 1e9, plan.candidates, (plan.tail + plan.work) / 1e6,
+        )  # fmt: skip
+        return plan.candidates
 
     @torch.inference_mode()
     def sample(
@@ -94,14 +128,9 @@ class GraphEngine:
         guidance_scale: float = 1.0,
         seed: int = 0,
         given: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor]:
-        """Feeds the tokens [B] drawn last and draws the next, all in one graph. Returns them, [N] int64, and the model's own
-        logits, [B, image_vocab].
-
-        candidates [N] int64, N = B, or B / 2 with guidance, where the second half of the batch has the empty caption and
-        both halves get the same tokens. given [N] int64: the token where it is known, -1 where it is to be drawn. Both
-        results are the graph's own buffers. Other settings are another graph; other tokens, candidates and positions are not.
-        """
+    ) -> Drawn:
+        """As engine.DrawingEngine says, all in one graph. Other settings are another graph; other tokens, candidates,
+        positions and given tokens are not."""
         cache, count = self._cache(), len(candidates)
         guided = guidance_scale != 1
         if cache.batch != count * (2 if guided else 1) or tokens.shape != (cache.batch,):
@@ -110,19 +139,26 @@ class GraphEngine:
                 f"of {cache.batch}, expected [{count * (2 if guided else 1)}]"
             )
         ops.check_sampling(temperature, top_k, top_p, self.config.image_vocab)
-        settings = (temperature, top_k, top_p, guidance_scale, seed)
-        if settings not in self._steps:
+        step = self._step(1, (temperature, top_k, top_p, guidance_scale, seed))
+        logits, drawn, log_p = step.run(tokens[:, None], candidates, given)
+        assert drawn is not None and log_p is not None
+        return Drawn(drawn, log_p, logits)
+
+    def _step(self, n: int, settings: tuple[float, int, float, float, int] | None) -> _Step:
+        key = (n, settings)
+        if key not in self._steps:
             while len(self._steps) >= MAX_GRAPHS:
                 self._steps.pop(next(iter(self._steps)))
-            self._steps[settings] = _Step(self, 1, settings)
-        drawn, logits = self._steps[settings].run(tokens[:, None], candidates, given)
-        assert drawn is not None
-        return drawn, logits
+            self._steps[key] = _Step(self, n, settings)
+        return self._steps[key]
 
     def _cache(self) -> Cache:
         if self.cache is None:
             raise ValueError("got a step without a cache, expected prefill to come first")
         return self.cache
+
+
+_Result = tuple[Tensor, Tensor | None, Tensor | None]  # logits, and of a step that draws: tokens and their log p
 
 
 class _Step:
@@ -137,13 +173,11 @@ class _Step:
         self.candidates = torch.zeros(count, dtype=torch.int64, device=device)
         self.given = torch.full((count,), -1, dtype=torch.int64, device=device)
         self.graph: torch.cuda.CUDAGraph | None = None
-        self.result: tuple[Tensor | None, Tensor] | None = None
+        self.result: _Result | None = None
         if engine.capture:
             self._record()
 
-    def run(
-        self, tokens: Tensor, candidates: Tensor | None = None, given: Tensor | None = None
-    ) -> tuple[Tensor | None, Tensor]:
+    def run(self, tokens: Tensor, candidates: Tensor | None = None, given: Tensor | None = None) -> _Result:
         self.tokens.copy_(tokens, non_blocking=True)
         if candidates is not None:
             self.candidates.copy_(candidates, non_blocking=True)
@@ -154,22 +188,21 @@ class _Step:
         assert self.result is not None
         return self.result
 
-    def _step(self) -> tuple[Tensor | None, Tensor]:
+    def _step(self) -> _Result:
         """The work of one step, without a host synchronisation on a GPU; also what tests run where there is none."""
         with backends.use(self.engine.backend):
             logits = at_least_float32(self.engine.model.step(self.tokens, self.cache))
             if self.settings is None:
-                return None, logits
+                return logits, None, None
             temperature, top_k, top_p, guidance_scale, seed = self.settings
-            mixed = logits
-            if guidance_scale != 1:
-                n = len(self.candidates)
-                mixed = torch.lerp(logits[n:], logits[:n], guidance_scale)
+            n = len(self.candidates)
+            mixed = torch.lerp(logits[n:], logits[:n], guidance_scale) if guidance_scale != 1 else logits
             index = self.cache.position - self.engine.config.first_cell  # of the token that the logits predict
             drawn = ops.sample(
                 mixed, self.candidates, index, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed
             )
-            return torch.where(self.given >= 0, self.given, drawn), logits
+            tokens = torch.where(self.given >= 0, self.given, drawn)
+            return logits, tokens, log_probability(logits[:n], tokens)
 
     def _record(self) -> None:
         """Warms up on a side stream, then captures. The warm-up writes the slots of the current cells only, and the first
@@ -184,5 +217,11 @@ class _Step:
         torch.cuda.current_stream().wait_stream(stream)
         self.cache.position.copy_(position)
         self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph):  # records, and runs nothing
+        with torch.cuda.graph(self.graph, pool=self.engine.pool):  # records, and runs nothing
             self.result = self._step()
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that can be allocated on a CUDA device: free ones, and those that torch holds without using them."""
+    held = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return int(torch.cuda.mem_get_info(device)[0]) + held

@@ -11,6 +11,7 @@ from dalle_fast import backends, cpu_engine, weights
 from dalle_fast.backends import Call
 from dalle_fast.config import ModelConfig
 from dalle_fast.engine import Engine, TorchEngine
+from dalle_fast.graph_engine import GraphEngine
 from dalle_fast.model import DalleModel
 
 log = logging.getLogger(__name__)
@@ -45,10 +46,27 @@ def load_engine(
         raise backends.BackendUnavailable(
             f"dtype {dtype!r} needs the cpu backend, got device {where} and backend {backend!r}"
         )
-    kind = DTYPES[dtype] if dtype != "auto" else torch.float32 if where.type == "cpu" else torch.bfloat16
+    kind = gpu_dtype(where, dtype) if where.type == "cuda" else DTYPES.get(dtype, torch.float32)
     if backend != "auto" and (reason := backends.why_not(backend, Call("decode_attention", where.type, kind, 64))):
         raise backends.BackendUnavailable(f"backend {backend!r} cannot run here: {reason}")
-    return TorchEngine(DalleModel.load(folder, dtype=kind, device=where), chunk, backend)
+    model = DalleModel.load(folder, dtype=kind, device=where)
+    if where.type == "cuda" and backend != "reference":  # which looks positions up on the host
+        return GraphEngine(model, chunk, backend)
+    return TorchEngine(model, chunk, backend)
+
+
+def gpu_dtype(device: torch.device, dtype: str) -> torch.dtype:
+    """The type of a model on a GPU: bfloat16 unless asked otherwise, float16 where the GPU has none (below Ampere).
+    Raises BackendUnavailable for bfloat16 there."""
+    if dtype not in ("auto", "bfloat16"):
+        return DTYPES[dtype]
+    if torch.version.hip or (capability := torch.cuda.get_device_capability(device)) >= (8, 0):
+        return torch.bfloat16
+    which = f"{torch.cuda.get_device_name(device)} (compute capability {capability[0]}.{capability[1]})"
+    if dtype == "bfloat16":
+        raise backends.BackendUnavailable(f"dtype 'bfloat16' cannot run here: {which} has none; use float16")
+    log.warning("%s has no bfloat16: the model runs in float16", which)
+    return torch.float16
 
 
 def check_device(name: str) -> torch.device:

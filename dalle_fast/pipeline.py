@@ -113,7 +113,7 @@ class Pipeline:
         n: int = 8,
         settings: SamplingSettings | None = None,
         *,
-        wave: int = sampling.DEFAULT_WAVE,
+        wave: int | None = None,
         first: int = 0,
         truncate: bool = False,
         known: Tensor | None = None,

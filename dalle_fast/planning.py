@@ -73,24 +73,24 @@ def even_waves(n: int, most: int) -> list[int]:
     return [n // count + (i < n % count) for i in range(count)]
 
 
-def halving(n: int, most: int, run: Callable[[int, int], T]) -> Iterator[T]:
-    """Yields run(first, size) for even waves that cover candidates 0 … n - 1. Out of device memory halves the wave, with a
-    warning, and goes on where it was; a wave of one that does not fit raises torch.OutOfMemoryError."""
+def halving(n: int, most: int, run: Callable[[int, int, int], T]) -> Iterator[T]:
+    """Yields run(first, size, most) for even waves of at most `most` that cover candidates 0 … n - 1. Out of device memory
+    halves `most`, with a warning, and goes on where it was; a wave of one that does not fit raises torch.OutOfMemoryError."""
     sizes, first = even_waves(n, most), 0
     while first < n:
-        size = sizes.pop(0)
         failed: str | None = None
         try:
-            done = run(first, size)
+            done = run(first, sizes[0], most)
         except torch.OutOfMemoryError as error:
-            if size == 1:
+            if most == 1:
                 raise
             failed = str(error).splitlines()[0]
         if failed is not None:  # outside the handler: the error's traceback holds on to the tensors of the failed wave
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
-            sizes = even_waves(n - first, size // 2)
-            log.warning("a wave of %d candidates ran out of memory, going on with %d: %s", size, sizes[0], failed)
+            log.warning("a wave of %d candidates ran out of memory, going on with %d: %s", most, most // 2, failed)
+            most //= 2
+            sizes = even_waves(n - first, most)
             continue
         yield done
-        first += size
+        first += sizes.pop(0)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import torch
 from torch import Tensor
 
 from dalle_fast import backends, ops
-from dalle_fast.engine import Engine
+from dalle_fast.engine import DrawingEngine, Engine, log_probability
+from dalle_fast.planning import even_waves, halving
 
 DEFAULT_WAVE = 8
 
@@ -64,50 +65,63 @@ def draw(
     be drawn. Leading known tokens are computed once for all candidates, later runs are fed in chunks, and those after the
     last drawn token not at all, unless score_known asks for their log p. log p is the model's own log-probability of the
     token (temperature 1, no guidance, no cuts), and 0 for known tokens that are not scored.
+
+    What is yielded is on the engine's device, may be its own buffer, and holds until the next token is asked for. Nothing
+    here waits for the device.
     """
     config, n = engine.config, len(candidates)
     settings.check(config.image_vocab)
-    given = torch.full((config.cells,), -1) if known is None else known
-    check_known(given, config.cells, config.image_vocab)
-    end = int((given < 0).nonzero().max()) + 1 if bool((given < 0).any()) else 0
-    lead = _run(given, 0)
+    how = asdict(settings)
+    known = torch.full((config.cells,), -1) if known is None else known
+    check_known(known, config.cells, config.image_vocab)
+    host = known.tolist()  # what is to be done is decided here, and never asks the device
+    end = max((j + 1 for j, token in enumerate(host) if token < 0), default=0)
+    lead = _run(host, 0)
     guided = settings.guidance_scale != 1
     prompts = torch.cat([text, torch.zeros_like(text)]) if guided else text
     shared = 0 < lead < config.cells
     logits = engine.prefill(prompts, 1 if shared else n)
-    given, candidates = given.to(logits.device), candidates.to(logits.device)
+    given, candidates = known.to(logits.device), candidates.to(logits.device)
+    places = torch.arange(config.cells, device=logits.device)
     nothing = torch.zeros(n, dtype=torch.float64, device=logits.device)
     for j in range(lead):
         yield j, given[j].expand(n), nothing
     if shared:
         logits = engine.feed(given[:lead].expand(len(prompts), -1)).repeat_interleave(n, dim=0)
         engine.fork(n)
-    j = lead
+    j, ahead = lead, None  # what the last step has drawn already
     while j < config.cells:
         fed = 1
-        if given[j] < 0:
-            tokens = _draw_token(engine, logits, candidates, settings, j)
-            yield j, tokens, _log_p(logits[:n], tokens)
-        elif score_known:
-            tokens = given[j].expand(n)
-            yield j, tokens, _log_p(logits[:n], tokens)
+        if host[j] < 0 or score_known:
+            if ahead is not None:
+                tokens, log_p = ahead.tokens, ahead.log_p
+            else:
+                place = places[j : j + 1]
+                tokens = given[j].expand(n) if host[j] >= 0 else _draw(engine, logits, candidates, settings, place)
+                log_p = log_probability(logits[:n], tokens)
+            yield j, tokens, log_p
+            last = tokens[:, None]
         else:
-            fed = _run(given, j)
+            fed = _run(host, j)
+            last = given[j : j + fed].expand(n, -1)
             for i in range(j, j + fed):
                 yield i, given[i].expand(n), nothing
         j += fed
         if j == config.cells or (j >= end and not score_known):
             break
-        if fed > 1:
-            logits = engine.feed(given[j - fed : j].expand(len(logits), -1))
+        last = torch.cat([last, last]) if guided else last  # [B, fed]
+        if isinstance(engine, DrawingEngine):
+            if fed > 1:
+                engine.feed(last[:, :-1])
+            forced = None if host[j] < 0 else given[j].expand(n)
+            ahead = engine.sample(last[:, -1], candidates, given=forced, **how)
         else:
-            token = given[j - 1].expand(n) if given[j - 1] >= 0 else tokens
-            logits = engine.step(torch.cat([token, token]) if guided else token)
+            logits = engine.feed(last)
     for i in range(j, config.cells):
         yield i, given[i].expand(n), nothing
 
 
-def _draw_token(engine: Engine, logits: Tensor, candidates: Tensor, settings: SamplingSettings, j: int) -> Tensor:
+def _draw(engine: Engine, logits: Tensor, candidates: Tensor, settings: SamplingSettings, place: Tensor) -> Tensor:
     """One token a candidate from logits [N, V], or [2 N, V] where the second half is the empty caption's."""
     n = len(candidates)
     if settings.guidance_scale != 1:
@@ -116,7 +130,7 @@ def _draw_token(engine: Engine, logits: Tensor, candidates: Tensor, settings: Sa
         return ops.sample(
             logits,
             candidates,
-            torch.tensor([j], device=logits.device),
+            place,
             temperature=settings.temperature,
             top_k=settings.top_k,
             top_p=settings.top_p,
@@ -124,9 +138,11 @@ def _draw_token(engine: Engine, logits: Tensor, candidates: Tensor, settings: Sa
         )
 
 
-def _log_p(logits: Tensor, tokens: Tensor) -> Tensor:
-    """The log-probability [N] of tokens [N] under logits [N, V], float64."""
-    return (logits.gather(1, tokens[:, None]).squeeze(1) - logits.logsumexp(1)).double()
+def default_wave(engine: Engine, n: int, settings: SamplingSettings | None = None) -> int:
+    """How many of n candidates are drawn at a time where nobody says: on a GPU the fewest even waves that its memory holds,
+    elsewhere DEFAULT_WAVE. Raises ValueError, with how much is missing, where not even one candidate fits."""
+    most = engine.most_candidates(settings is not None and settings.guidance_scale != 1)
+    return DEFAULT_WAVE if most is None else even_waves(n, most)[0]
 
 
 def sample(
@@ -135,7 +151,7 @@ def sample(
     n: int,
     settings: SamplingSettings,
     *,
-    wave: int = DEFAULT_WAVE,
+    wave: int | None = None,
     first: int = 0,
     known: Tensor | None = None,
     score_known: bool = False,
@@ -143,24 +159,34 @@ def sample(
 ) -> Iterator[Wave]:
     """Draws candidates first … first + n - 1 of one caption, `wave` at a time, and yields each finished wave.
 
-    Candidate i of a seed is the same picture whatever n is: its random stream is keyed by its number, and where the
-    engine's rounding depends on the batch, every wave is filled up to the same size. on_token(j, tokens [wave]) is called
-    after every token, for progress and previews. Raises ValueError for n or wave below 1.
+    wave: None for default_wave. One that runs out of device memory is begun anew at half the size, with a warning.
+    Candidate i of a seed is the same picture whatever n is, in waves of the same size: its random stream is keyed by its
+    number, and where the engine's rounding depends on the batch, every wave is filled up to the same size.
+    on_token(j, tokens [wave]) is called for every token, in turn, for progress and previews: at once on a CPU, after each
+    row on a GPU, where a picture is else copied once, when it is finished. Raises ValueError for n or wave below 1.
     """
-    if n < 1 or wave < 1:
+    if n < 1 or (wave is not None and wave < 1):
         raise ValueError(f"got n={n} candidates in waves of {wave}, expected at least 1 of each")
-    for start in range(0, n, wave):
-        count = min(wave, n - start)
-        size = count if engine.batch_invariant else wave
+    wave = default_wave(engine, n, settings) if wave is None else wave
+
+    def run(start: int, count: int, most: int) -> Wave:
+        size = count if engine.batch_invariant else most
         candidates = torch.arange(first + start, first + start + size)
-        tokens = torch.empty(size, engine.config.cells, dtype=torch.int64)
-        log_likelihood = torch.zeros(size, dtype=torch.float64)
+        tokens, log_likelihood, shown = None, None, 0
         for j, drawn, log_p in draw(engine, text, candidates, settings, known, score_known):
-            tokens[:, j] = drawn.cpu()
-            log_likelihood += log_p.cpu()
-            if on_token is not None:
-                on_token(j, tokens[:count])
-        yield Wave(candidates[:count], tokens[:count], log_likelihood[:count])
+            if tokens is None or log_likelihood is None:
+                tokens = drawn.new_empty(size, engine.config.cells)
+                log_likelihood = torch.zeros_like(log_p)
+            tokens[:, j] = drawn
+            log_likelihood += log_p
+            if on_token is not None and (drawn.device.type == "cpu" or (j + 1) % engine.config.width == 0):
+                for column in tokens[:count, shown : j + 1].cpu().unbind(1):
+                    on_token(shown, column)
+                    shown += 1
+        assert tokens is not None and log_likelihood is not None
+        return Wave(candidates[:count], tokens[:count].cpu(), log_likelihood[:count].cpu())
+
+    yield from halving(n, wave, run)
 
 
 def check_known(known: Tensor, cells: int, vocab: int) -> None:
@@ -171,7 +197,6 @@ def check_known(known: Tensor, cells: int, vocab: int) -> None:
         raise ValueError(f"got known tokens from {int(known.min())} to {int(known.max())}, expected -1 to {vocab - 1}")
 
 
-def _run(known: Tensor, start: int) -> int:
+def _run(known: list[int], start: int) -> int:
     """How many known tokens there are in a row from `start`."""
-    unknown = (known[start:] < 0).nonzero()
-    return int(unknown[0]) if len(unknown) else len(known) - start
+    return next((j for j in range(start, len(known)) if known[j] < 0), len(known)) - start

@@ -1,14 +1,18 @@
 """The step that a graph would hold, run without one: the same function, on a CPU; captured too where there is a GPU."""
 
+import logging
+
 import pytest
 import torch
 from helpers import DEVICE
 
 from dalle_fast import ops
 from dalle_fast.config import STARTS, ModelConfig
-from dalle_fast.engine import TorchEngine
+from dalle_fast.engine import TorchEngine, log_probability
 from dalle_fast.graph_engine import GraphEngine
 from dalle_fast.model import DalleModel
+from dalle_fast.planning import plan_memory
+from dalle_fast.sampling import SamplingSettings, default_wave, draw, sample
 
 CAPTURE = [False, pytest.param(True, marks=pytest.mark.gpu)]
 
@@ -54,9 +58,10 @@ def test_drawing_inside_the_step(capture, start, guidance_scale):
         given = torch.full((n,), 7, device=DEVICE) if j in (4, 5) else None
         expected = expected if given is None else given
         if j:
-            drawn, own = graph.sample(fed, candidates, guidance_scale=guidance_scale, given=given, **settings)
-            assert torch.allclose(own, logits, atol=1e-5)
-            assert torch.equal(drawn, expected), j
+            got = graph.sample(fed, candidates, guidance_scale=guidance_scale, given=given, **settings)
+            assert torch.allclose(got.logits, logits, atol=1e-5)
+            assert torch.equal(got.tokens, expected), j
+            assert torch.allclose(got.log_p, log_probability(logits[:n], expected), atol=1e-5)
         fed = torch.cat([expected, expected]) if guided else expected
         if j < 15:
             logits = plain.step(fed)
@@ -90,3 +95,100 @@ def test_what_it_refuses():
         engine.step(torch.zeros(3, dtype=torch.int64))
     with pytest.raises(ValueError, match=r"guidance_scale=2.0 and a cache of 2, expected \[4\]"):
         engine.sample(torch.zeros(2, dtype=torch.int64), torch.arange(2), guidance_scale=2.0)
+
+
+KNOWN = {
+    "nothing": [],
+    "the first rows": range(6),
+    "a hole in between": [*range(5), 8, 9, 10, 13],
+    "single cells": [1, 3, 15],
+    "everything": range(16),
+}
+
+
+@pytest.mark.parametrize("capture", CAPTURE)
+@pytest.mark.parametrize("cells", KNOWN.values(), ids=KNOWN)
+@pytest.mark.parametrize("score_known", [False, True])
+@pytest.mark.parametrize("guidance_scale", [1.0, 2.0])
+def test_pictures_are_the_plain_engines(capture, cells, score_known, guidance_scale):
+    """The decode loop gives the same tokens and likelihoods whether the draw is part of the step or not."""
+    model, known = model_of(), torch.full((16,), -1)
+    known[list(cells)] = torch.randint(32, (len(cells),))
+    text = torch.randint(1, 64, (1, 16))
+    settings = SamplingSettings(temperature=0.9, top_k=20, guidance_scale=guidance_scale, seed=3)
+    pictures = [
+        list(sample(engine, text, 5, settings, wave=3, first=2, known=known, score_known=score_known))
+        for engine in (TorchEngine(model, chunk=2), GraphEngine(model, chunk=2, capture=capture))
+    ]
+    for plain, graph in zip(*pictures, strict=True):
+        assert torch.equal(plain.candidates, graph.candidates) and torch.equal(plain.tokens, graph.tokens)
+        assert torch.allclose(plain.log_likelihood, graph.log_likelihood, atol=1e-4)
+        assert torch.equal(graph.tokens[:, list(cells)], known[list(cells)].expand(len(graph.tokens), -1))
+
+
+@pytest.mark.parametrize("score_known", [False, True])
+@pytest.mark.parametrize("guidance_scale", [1.0, 2.0])
+def test_no_picture_asks_the_device(score_known, guidance_scale):
+    """On the meta device, which has no values, whoever waits for one fails: int(), bool(), a copy to the host."""
+    with torch.device("meta"):
+        model = DalleModel(ModelConfig.preset("tiny", height=4, width=4)).requires_grad_(False)
+    with pytest.raises((RuntimeError, NotImplementedError)):
+        bool(torch.ones(1, device="meta"))
+    known = torch.full((16,), -1)
+    known[[0, 1, 5, 6, 7, 9]] = 3
+    settings = SamplingSettings(guidance_scale=guidance_scale, top_p=0.9)
+    engine = GraphEngine(model, chunk=2)
+    text = torch.zeros(1, 16, dtype=torch.int64)
+    drawn = list(draw(engine, text, torch.arange(3), settings, known, score_known))
+    assert [j for j, _, _ in drawn] == list(range(16))
+    assert all(tokens.shape == log_p.shape == (3,) for _, tokens, log_p in drawn)
+
+
+def test_waves_are_planned_from_the_free_memory():
+    model = model_of()
+    one = plan_memory(model.config, 2**40, dtype=torch.float32)
+    room = {n: one.total(n) - one.weights for n in (0, 1, 4, 100)}
+    engine = GraphEngine(model, capture=False, free=lambda: room[4])
+    assert engine.most_candidates() == 4
+    assert [default_wave(engine, n) for n in (1, 4, 5, 9)] == [1, 4, 3, 3]
+    text = torch.zeros(1, 16, dtype=torch.int64)
+    waves = list(sample(engine, text, 9, SamplingSettings()))
+    assert [len(wave.tokens) for wave in waves] == [3, 3, 3]
+    assert engine.most_candidates() >= 4  # its own cache makes room for the next wave
+    assert GraphEngine(model, capture=False, free=lambda: room[1]).most_candidates() == 1
+    assert 30 < GraphEngine(model, capture=False, free=lambda: room[100]).most_candidates(guided=True) < 51
+    with pytest.raises(
+        ValueError, match=r"got 1\.07 GB of free memory on cpu beside the weights, expected at least 1\.07 GB"
+    ):
+        default_wave(GraphEngine(model, capture=False, free=lambda: room[0]), 3)
+
+
+def test_out_of_memory_halves_the_waves_and_draws_the_same(caplog, monkeypatch):
+    model, text, settings = model_of(), torch.zeros(1, 16, dtype=torch.int64), SamplingSettings(seed=5)
+    seen = []
+    prefill = GraphEngine.prefill
+
+    def fails_above(self, text, candidates):
+        seen.append(candidates)
+        if candidates > 3:
+            raise torch.OutOfMemoryError("no room\nand a long story")
+        return prefill(self, text, candidates)
+
+    monkeypatch.setattr(GraphEngine, "prefill", fails_above)
+    shown = []
+    with caplog.at_level(logging.WARNING):
+        waves = list(
+            sample(
+                GraphEngine(model, capture=False),
+                text,
+                7,
+                settings,
+                wave=7,
+                on_token=lambda j, t: shown.append((j, len(t))),
+            )
+        )
+    assert seen == [7, 3, 3, 3] and [len(wave.tokens) for wave in waves] == [3, 2, 2]
+    assert "a wave of 7 candidates ran out of memory, going on with 3: no room" in caplog.text
+    assert shown == [(j, n) for n in (3, 2, 2) for j in range(16)]
+    plain = torch.cat([wave.tokens for wave in sample(TorchEngine(model), text, 7, settings, wave=3)])
+    assert torch.equal(torch.cat([wave.tokens for wave in waves]), plain)

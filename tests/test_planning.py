@@ -40,19 +40,21 @@ def test_no_candidates():
 
 
 def test_out_of_memory_halves_the_wave_says_so_and_goes_on(caplog):
-    def run(first, size):
-        if size > 3:
+    def run(first, size, most):
+        assert size <= most
+        if most > 3:
             raise torch.OutOfMemoryError("no room")
         return list(range(first, first + size))
 
     with caplog.at_level(logging.WARNING):
         waves = list(halving(20, 8, run))
     assert [i for wave in waves for i in wave] == list(range(20))
-    assert "a wave of 7 candidates ran out of memory, going on with 3: no room" in caplog.text
+    assert "a wave of 8 candidates ran out of memory, going on with 4: no room" in caplog.text
+    assert [len(wave) for wave in waves] == [2] * 10
 
 
 def test_a_single_candidate_that_does_not_fit_raises():
-    def run(first, size):
+    def run(first, size, most):
         raise torch.OutOfMemoryError("no room")
 
     with pytest.raises(torch.OutOfMemoryError):
