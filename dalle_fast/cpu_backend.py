@@ -39,6 +39,8 @@ def why_not(call: Call) -> str | None:
         return f"it computes on the CPU, got tensors on {call.device}"
     if call.dtype not in DTYPES and not (call.op == "sample" and call.dtype == torch.float16):
         return f"it computes in float32 and bfloat16, got {str(call.dtype).removeprefix('torch.')}"
+    if call.op == "skinny_linear":
+        return "it multiplies by weights in its own order, a PackedLinear"
     if call.op == "decode_attention" and not (call.head_dim % 16 == 0 and 16 <= call.head_dim <= 256):
         return f"it needs a head dim that is a multiple of 16 up to 256, got {call.head_dim}"
     return kernels_why_not()

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from dalle_fast.masks import Mask
+from dalle_fast.packing import PackedWeight
 
 
 def sparse_attention(q: Tensor, k: Tensor, v: Tensor, mask: str) -> tuple[Tensor, Tensor]:
@@ -66,6 +67,35 @@ def decode_attention(
         scores = torch.einsum("bhd,bhkd->bhk", q[:, :, i], keys) / math.sqrt(dim)
         out[:, :, i] = torch.einsum("bhk,bhkd->bhd", scores.softmax(-1), values)
     return out
+
+
+def skinny_linear(
+    x: Tensor,
+    weight: PackedWeight,
+    residual: Tensor | None,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    norm_eps: float,
+    epilogue: str,
+) -> Tensor:
+    """epilogue(layer_norm(x) Wᵀ · scale + bias) + residual, W as it is packed; x [B, K] -> [B, O]. linear.py says more."""
+    if norm_weight is not None:
+        x = (x - x.mean(1, keepdim=True)) / (x.var(1, keepdim=True, correction=0) + norm_eps).sqrt()
+        x = x * norm_weight.to(x.dtype) + (0 if norm_bias is None else norm_bias.to(x.dtype))
+    y = x @ weight.dequantize(x.dtype).T
+    if weight.bias is not None:
+        y = y + weight.rows(weight.bias).to(x.dtype)
+    if epilogue == "geglu":
+        y = y[:, : weight.outputs] * gelu(y[:, weight.outputs :])
+    elif epilogue == "gelu_tanh":
+        y = y * (1 + torch.tanh(math.sqrt(2 / math.pi) * (y + 0.044715 * y**3))) / 2
+    elif epilogue == "gelu":
+        y = gelu(y)
+    return y if residual is None else residual + y
+
+
+def gelu(x: Tensor) -> Tensor:
+    return x * (1 + torch.erf(x / math.sqrt(2))) / 2
 
 
 def philox(seed: int, candidate: int, position: int, count: int) -> np.ndarray:

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from dalle_fast.backends import Call
 from dalle_fast.masks import Mask
+from dalle_fast.packing import PackedWeight
 
 TILE = 32  # a row or a column of the usual grid: larger tiles do more masked work, smaller ones more calls
 
@@ -263,6 +264,32 @@ def decode_attention(
     bias = reads.bias[cells].to(q.dtype).repeat(heads, 1)[None, :, None].expand(batch, -1, -1, -1)
     near_out, near_lse = _piece(q.reshape(batch, heads * n, 1, dim), near_k, near_v, bias=bias)
     return _join((out, lse), (near_out.view(batch, heads, n, dim), near_lse.view(batch, heads, n)))[0]
+
+
+# Linear layers.
+
+
+def skinny_linear(
+    x: Tensor,
+    weight: PackedWeight,
+    residual: Tensor | None,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    norm_eps: float,
+    epilogue: str,
+) -> Tensor:
+    """By the whole weight, in x's type: as slow as unpacking is, and exact about what is packed."""
+    if norm_weight is not None:
+        norm_bias = None if norm_bias is None else norm_bias.to(x.dtype)
+        x = F.layer_norm(x, x.shape[1:], norm_weight.to(x.dtype), norm_bias, norm_eps)
+    bias = None if weight.bias is None else weight.rows(weight.bias).to(x.dtype)
+    y = F.linear(x, weight.dequantize(torch.promote_types(x.dtype, torch.float32)).to(x.dtype), bias)
+    if epilogue == "geglu":
+        value, gate = y.chunk(2, dim=-1)
+        y = value * F.gelu(gate)
+    elif epilogue != "none":
+        y = F.gelu(y, approximate="tanh" if epilogue == "gelu_tanh" else "none")
+    return y if residual is None else residual + y
 
 
 # Sampling.

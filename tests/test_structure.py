@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 # Each module imports only from those before it. A new module gets its place here.
 ORDER = [
-    *("layout", "masks", "reference", "backends", "quantize"),
+    *("layout", "masks", "quantize", "packing", "reference", "backends"),
     *("kernels", "torch_backend", "cpu_backend", "triton_backend", "cuda_backend"),
     *("ops", "linear", "config", "cache", "weights", "passes", "model"),
     *("planning", "engine", "cpu_engine", "graph_engine", "loading", "sampling"),

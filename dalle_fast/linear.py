@@ -1,0 +1,99 @@
+"""skinny_linear: linear layers for up to 64 rows, whose whole cost is reading the weights. Inference only.
+
+The weights are packed once (packing.py for the op; cpu_backend.PackedLinear for the kernels in csrc/cpu).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dalle_fast import backends, cpu_backend
+from dalle_fast.backends import Call
+from dalle_fast.cpu_backend import EPILOGUES, PackedLinear
+from dalle_fast.ops import FLOATS
+from dalle_fast.packing import BLOCK, KINDS, TILE, PackedWeight, record_bytes
+
+MAX_ROWS = 64  # above, cuBLAS is as fast
+
+torch.library.define(
+    "dalle_fast::skinny_linear",
+    "(Tensor x, Tensor weight, Tensor? scale, Tensor? bias, Tensor counters, Tensor? residual, Tensor? norm_weight,"
+    " Tensor? norm_bias, str kind, int outputs, float norm_eps, str epilogue) -> Tensor",
+)
+
+
+def skinny_linear(
+    x: Tensor,
+    weight: PackedWeight | PackedLinear,
+    *,
+    norm: tuple[Tensor, Tensor] | None = None,
+    norm_eps: float = 1e-5,
+    epilogue: str = "none",
+    residual: Tensor | None = None,
+) -> Tensor:
+    """epilogue(layer_norm(x) Wᵀ + bias) + residual for a few rows; sums in float32.
+
+    x [B, K] with 1 <= B <= 64; norm: (weight [K], bias [K]) of the LayerNorm, or None for none; epilogue "none",
+    "gelu_tanh", "gelu", or "geglu" for a weight packed so, and only then; residual [B, O] of x's type.
+    Returns [B, O] of x's type. Raises ValueError with the shapes, types or devices it got and expected.
+    """
+    if isinstance(weight, PackedLinear):
+        return cpu_backend.skinny_linear(x, weight, norm=norm, norm_eps=norm_eps, epilogue=epilogue, residual=residual)
+    if epilogue not in EPILOGUES or weight.geglu != (epilogue == "geglu"):
+        raise ValueError(
+            f"got epilogue {epilogue!r} for a weight {'with' if weight.geglu else 'without'} gates, expected one of "
+            + ("geglu" if weight.geglu else ", ".join(EPILOGUES[:3]))
+        )
+    if x.ndim != 2 or x.dtype not in FLOATS or x.shape[1] != weight.inputs or not 1 <= x.shape[0] <= MAX_ROWS:
+        raise ValueError(
+            f"got x {list(x.shape)} {x.dtype}, expected [1 to {MAX_ROWS}, {weight.inputs}] of a floating type"
+        )
+    norm_weight, norm_bias = (None, None) if norm is None else norm
+    tensors = (("weight", weight.data), ("norm weight", norm_weight), ("norm bias", norm_bias), ("residual", residual))
+    for name, y in tensors:
+        if y is not None and y.device != x.device:
+            raise ValueError(f"got {name} on {y.device}, expected {x.device}")
+    for name, y in tensors[1:3]:
+        if y is not None and y.shape != (weight.inputs,):
+            raise ValueError(f"got {name} {list(y.shape)}, expected [{weight.inputs}]")
+    shape = (x.shape[0], weight.outputs)
+    if residual is not None and (residual.shape != shape or residual.dtype != x.dtype):
+        raise ValueError(f"got residual {list(residual.shape)} {residual.dtype}, expected {list(shape)} {x.dtype}")
+    if torch.is_grad_enabled() and any(y is not None and y.requires_grad for y in (x, residual, *(norm or ()))):
+        raise ValueError(
+            "skinny_linear is inference only: got an input that requires a gradient, expected torch.no_grad()"
+        )
+    out: Tensor = torch.ops.dalle_fast.skinny_linear(
+        x, weight.data, weight.scale, weight.bias, weight.counters, residual, norm_weight, norm_bias, weight.kind,
+        weight.outputs, norm_eps, epilogue,
+    )  # fmt: skip
+    return out
+
+
+def why_not(weight: PackedWeight, x_dtype: torch.dtype, backend: str) -> str | None:
+    """None if a backend multiplies rows of this type by this weight, else the reason."""
+    return backends.why_not(backend, Call("skinny_linear", weight.data.device.type, x_dtype, 0))
+
+
+@torch.library.impl("dalle_fast::skinny_linear", "default")
+def _linear(
+    x: Tensor, data: Tensor, scale: Tensor | None, bias: Tensor | None, counters: Tensor, residual: Tensor | None,
+    norm_weight: Tensor | None, norm_bias: Tensor | None, kind: str, outputs: int, norm_eps: float, epilogue: str,
+) -> Tensor:  # fmt: skip
+    if kind not in KINDS or data.ndim != 4 or data.shape[2:] != (BLOCK // TILE, record_bytes(kind)):
+        raise ValueError(f"got a weight {list(data.shape)} packed as {kind!r}, expected packing.pack's")
+    module: Any = backends.choose(Call("skinny_linear", x.device.type, x.dtype, 0))
+    weight = PackedWeight(data, scale, bias, counters, kind, x.shape[1], outputs, epilogue == "geglu")
+    y: Tensor = module.skinny_linear(x, weight, residual, norm_weight, norm_bias, norm_eps, epilogue)
+    return y.contiguous()
+
+
+@torch.library.register_fake("dalle_fast::skinny_linear")  # type: ignore[untyped-decorator]
+def _linear_fake(
+    x: Tensor, data: Tensor, scale: Tensor | None, bias: Tensor | None, counters: Tensor, residual: Tensor | None,
+    norm_weight: Tensor | None, norm_bias: Tensor | None, kind: str, outputs: int, norm_eps: float, epilogue: str,
+) -> Tensor:  # fmt: skip
+    return x.new_empty(x.shape[0], outputs)

@@ -1,0 +1,190 @@
+"""Weights of linear layers in the order in which csrc/skinny_linear.cu streams them, and back.
+
+A block of threads computes BLOCK = 128 outputs, a warp 16 of them: the A operand of mma.m16n8k16, whose B operand are the
+rows of x. Weights lie as [block of 128 outputs][stage][warp][record]: a record is what one warp reads at a time, 1024 bytes
+(two 16-byte loads a lane), and a whole block's work is one unbroken range of memory.
+
+    kind                 inputs a stage   a lane's 16 bytes
+    bfloat16, float16    32               the four registers of one 16 x 16 tile
+    int8                 64               two tiles; bytes 0, 2 of a word are one register, 1, 3 the next
+    int4                 128, one group   four tiles, a word each; nibbles r, r + 4 are register r. Then 16 float32 scales
+
+Within 32 inputs lane t of a quad owns inputs 8t … 8t + 7, four for each of two tiles, so that it reads x by one 16-byte load.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dalle_fast.quantize import GROUP, Int8, Quantized, quantize
+
+BLOCK, TILE, WARPS = 128, 16, 8  # outputs of a block and of a warp; kernels in csrc/skinny_linear.cu agree
+KINDS = {"bfloat16": 32, "float16": 32, "int8": 64, "int4": GROUP}  # kind: inputs a stage
+RECORD = 1024  # bytes a warp reads at a stage, without int4's scales
+FLOATS = {"bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass(frozen=True)
+class PackedWeight:
+    """A linear layer of `inputs` inputs and `outputs` outputs.
+
+    data      uint8 [blocks, stages, 8, record], see above; what is beyond the real inputs and outputs is zero
+    scale     float32 [blocks * 128] in packed order, or None: multiplies an output's sum before the bias
+    bias      float32 [blocks * 128] in packed order, or None
+    counters  int32 [blocks * 8], zero between calls: how many parts of a warp's sum are done. Because of them a weight may
+              be used on one stream at a time
+    kind      one of KINDS; geglu: rows are 8 values, then their 8 gates, and so on
+    """
+
+    data: Tensor
+    scale: Tensor | None
+    bias: Tensor | None
+    counters: Tensor
+    kind: str
+    inputs: int
+    outputs: int
+    geglu: bool
+
+    def nbytes(self) -> int:
+        """Bytes that a call reads."""
+        return sum(x.nbytes for x in (self.data, self.scale, self.bias) if x is not None)
+
+    def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """[rows, inputs]: the weight as multiplied by, rows in the order of nn.Linear (geglu: values, then gates)."""
+        weight = _unpack(self).to(dtype)
+        if self.scale is not None:
+            weight *= self.scale.to(dtype)[:, None]
+        return self.rows(weight)[:, : self.inputs]
+
+    def rows(self, x: Tensor) -> Tensor:
+        """Brings what is in packed order, [blocks * 128, …], into the order of nn.Linear."""
+        if not self.geglu:
+            return x[: self.outputs]
+        pairs = x.view(-1, 2, TILE // 2, *x.shape[1:]).transpose(0, 1).flatten(1, 2)  # [2, blocks * 64, …]
+        return pairs[:, : self.outputs].flatten(0, 1)
+
+
+def pack(
+    weight: Tensor | Quantized,
+    bias: Tensor | None = None,
+    *,
+    kind: str,
+    geglu: bool = False,
+    output_scale: Tensor | None = None,
+) -> PackedWeight:
+    """weight [O, K] of a floating type to be held as `kind` (one of KINDS), or already quantized; bias [O] or None;
+    output_scale [O] or None multiplies result and bias. geglu: the rows are values, then gates, and `outputs` is O / 2.
+
+    Raises ValueError for other types or shapes.
+    """
+    if kind not in KINDS:
+        raise ValueError(f"got kind {kind!r}, expected one of {', '.join(KINDS)}")
+    if isinstance(weight, Tensor):
+        if weight.ndim != 2 or not weight.is_floating_point() or 0 in weight.shape:
+            raise ValueError(
+                f"got a weight {list(weight.shape)} {weight.dtype}, expected two dimensions of a floating type"
+            )
+        weight = weight.detach()
+        weight = weight.to(FLOATS[kind]) if kind in FLOATS else quantize(weight, kind)
+    elif kind != ("int8" if isinstance(weight, Int8) else "int4"):
+        raise ValueError(f"got a weight quantized as {type(weight).__name__} for kind {kind!r}")
+    rows, inputs = weight.shape
+    if geglu and rows % 2:
+        raise ValueError(f"got {rows} rows with geglu, expected an even number: values, then gates")
+    for name, vector in (("bias", bias), ("output_scale", output_scale)):
+        if vector is not None and vector.shape != (rows,):
+            raise ValueError(f"got {name} {list(vector.shape)} for a weight {[rows, inputs]}, expected [{rows}]")
+    values, scale, groups = _values(weight)
+    device = values.device
+    factor = None if output_scale is None else output_scale.detach().to(device, torch.float32)
+    if factor is not None:
+        scale = factor if scale is None else scale * factor
+        bias = None if bias is None else bias.detach().to(device, torch.float32) * factor
+    order = _order(rows, geglu).to(device)
+    stage = KINDS[kind]
+    padded = F.pad(_pick(values, order), (0, -inputs % stage), value=8 if kind == "int4" else 0)
+    records = _records(padded, kind)
+    if groups is not None:  # [rows, stages] -> [blocks, stages, 8 warps, 8, 2]
+        scales = _pick(groups, order).view(-1, WARPS, 2, 8, groups.shape[1]).permute(0, 4, 1, 3, 2).contiguous()
+        records = torch.cat([records, scales.flatten(3).view(torch.uint8)], dim=3)
+    return PackedWeight(
+        records,
+        None if scale is None else _pick(scale, order),
+        None if bias is None else _pick(bias.detach().to(device, torch.float32), order),
+        torch.zeros(len(order) // TILE, dtype=torch.int32, device=device),
+        kind,
+        inputs,
+        rows // 2 if geglu else rows,
+        geglu,
+    )
+
+
+def record_bytes(kind: str) -> int:
+    return RECORD + (4 * TILE if kind == "int4" else 0)
+
+
+def _values(weight: Tensor | Quantized) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Values to pack, a scale a row, scales a group."""
+    if isinstance(weight, Tensor):
+        return weight, None, None
+    if isinstance(weight, Int8):
+        return weight.values, weight.scale.float(), None
+    nibbles = torch.stack([weight.packed & 15, weight.packed >> 4], dim=-1).flatten(1)[:, : weight.inputs]
+    return nibbles, None, weight.scale.float()
+
+
+def _order(rows: int, geglu: bool) -> Tensor:
+    """The row of the weight at each packed row, or `rows` for none."""
+    if not geglu:
+        return F.pad(torch.arange(rows), (0, -rows % BLOCK), value=rows)
+    half = rows // 2
+    values, gates = (
+        F.pad(torch.arange(half) + first, (0, -half % (BLOCK // 2)), value=rows).view(-1, TILE // 2)
+        for first in (0, half)
+    )
+    return torch.stack([values, gates], dim=1).flatten()
+
+
+def _pick(x: Tensor, order: Tensor) -> Tensor:
+    """Rows of x by index, zero where there is none. (Such an int4 row is -8 everywhere, of scale zero.)"""
+    return torch.cat([x, x.new_zeros(1, *x.shape[1:])])[order]
+
+
+# The axes of a weight: block, warp, half h (rows g or g + 8), row g, stage, unit of 32 inputs u, lane of a quad t, tile j,
+# pair of inputs p, element e. Register r of the A operand holds half r % 2 and pair r // 2.
+
+
+def _records(x: Tensor, kind: str) -> Tensor:
+    """[rows, inputs], padded -> uint8 [blocks, stages, 8, 1024]."""
+    blocks, stages = x.shape[0] // BLOCK, x.shape[1] // KINDS[kind]
+    x = x.view(blocks, WARPS, 2, 8, stages, KINDS[kind] // 32, 4, 2, 2, 2)  # b w h g s u t j p e
+    if kind in FLOATS:
+        x = x.permute(0, 4, 1, 5, 7, 3, 6, 8, 2, 9).contiguous()  # b s w u j g t p h e
+    elif kind == "int8":
+        x = x.permute(0, 4, 1, 5, 3, 6, 7, 8, 9, 2).contiguous()  # b s w u g t j p e h
+    else:  # b s w l g t u j e p h: two loads l of two units u
+        x = x.view(*x.shape[:5], 2, 2, *x.shape[6:]).permute(0, 4, 1, 5, 3, 7, 6, 8, 10, 9, 2)
+        x = x[..., 0] | x[..., 1] << 4
+    return x.contiguous().view(torch.uint8).view(blocks, stages, WARPS, RECORD)
+
+
+def _unpack(packed: PackedWeight) -> Tensor:
+    """The inverse of _records, with int4's group scales: [rows, inputs], padded, float32 (16-bit kinds: themselves)."""
+    blocks, stages = packed.data.shape[:2]
+    data = packed.data[..., :RECORD].contiguous()
+    if packed.kind in FLOATS:
+        x = data.view(FLOATS[packed.kind]).view(blocks, stages, WARPS, 1, 2, 8, 4, 2, 2, 2)  # b s w u j g t p h e
+        x = x.permute(0, 2, 8, 5, 1, 3, 6, 4, 7, 9)
+    elif packed.kind == "int8":
+        x = data.view(torch.int8).view(blocks, stages, WARPS, 2, 8, 4, 2, 2, 2, 2)  # b s w u g t j p e h
+        x = x.permute(0, 2, 9, 4, 1, 3, 5, 6, 7, 8).float()
+    else:
+        x = torch.stack([data & 15, data >> 4], dim=-1).view(blocks, stages, WARPS, 2, 8, 4, 2, 2, 2, 2, 2)
+        x = x.permute(0, 2, 10, 4, 1, 3, 6, 5, 7, 9, 8).float() - 8  # from b s w l g t u j e p h
+        scales = packed.data[..., RECORD:].contiguous().view(torch.float32).view(blocks, stages, WARPS, 8, 2)
+        x = x * scales.permute(0, 2, 4, 3, 1)[..., None, None, None, None, None, None]
+    return x.reshape(blocks * BLOCK, -1)
