@@ -33,10 +33,11 @@ class ClipRanker:
 
         logging.disable_progress_bar()
         try:
-            self.model: Any = CLIPModel.from_pretrained(str(folder)).eval().to(device)
+            model: Any = CLIPModel.from_pretrained(str(folder))
             self.tokenizer: Any = PreTrainedTokenizerFast.from_pretrained(str(folder))
         except (OSError, ValueError) as error:
             raise WeightError(f"cannot load a CLIP model from {folder}: {str(error).splitlines()[0]}") from None
+        self.model: Any = model.float().eval().to(device)  # transformers 5 keeps the file's type
         self.device = device
         self.size: int = self.model.config.vision_config.image_size
 
