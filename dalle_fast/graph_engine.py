@@ -50,7 +50,7 @@ class GraphEngine:
         capture: bool | None = None,
         free: Callable[[], int] | None = None,
     ) -> None:
-        weight = model.head.weight
+        weight = model.image_embedding.weight
         on_gpu = weight.device.type == "cuda"
         if capture and not on_gpu:
             raise ValueError(f"got capture=True for a model on {weight.device}, expected a CUDA device")
@@ -67,7 +67,7 @@ class GraphEngine:
 
     @torch.inference_mode()
     def prefill(self, text: Tensor, candidates: int) -> Tensor:
-        weight = self.model.head.weight
+        weight = self.model.image_embedding.weight
         if self.cache is None or (self.cache.prompts, self.cache.batch) != (len(text), len(text) * candidates):
             self.cache = None  # before the new one is allocated: both might not fit
             self._steps.clear()
@@ -101,7 +101,7 @@ class GraphEngine:
         """By planning.plan_memory. Raises ValueError, with what is there and what it takes, where not even one fits."""
         if self._free is None:
             return None
-        weight = self.model.head.weight
+        weight = self.model.image_embedding.weight
         free = self._free() + self.nbytes()  # the cache of the last wave makes room for the next
         plan = plan_memory(self.config, free, dtype=weight.dtype, weights_loaded=True, chunk=self.chunk, guided=guided)
         if not plan.candidates:

@@ -22,7 +22,7 @@ ORDER = [
     *("layout", "masks", "quantize", "packing", "reference", "backends"),
     *("kernels", "torch_backend", "cpu_backend", "triton_backend", "cuda_backend"),
     *("ops", "linear", "config", "cache", "weights", "passes", "model"),
-    *("planning", "engine", "cpu_engine", "graph_engine", "loading", "sampling"),
+    *("planning", "engine", "cpu_engine", "packed_model", "graph_engine", "loading", "sampling"),
     *("tokenizer", "vqgan", "images", "ranking", "regions", "pipeline", "jobs"),
     *("checkpoints", "figures", "env", "commands", "cli"),
 ]

@@ -1,0 +1,144 @@
+"""PackedModel against the plain model: every kind of block, and how many launches a layer takes."""
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from dalle_fast import packed_model
+from dalle_fast.config import ModelConfig
+from dalle_fast.engine import TorchEngine
+from dalle_fast.graph_engine import GraphEngine
+from dalle_fast.model import DalleModel
+from dalle_fast.packed_model import PackedModel
+from dalle_fast.packing import KINDS
+from dalle_fast.quantize import quantize
+
+TINY = ModelConfig.preset("tiny", height=4, width=4)
+MODELS = {
+    "paper": {},
+    "geglu": {"activation": "geglu", "layer_scale": True, "qkv_bias": False},
+    "dalle-pytorch": {"positions": "rotary", "start": "none", "lead_token": 0, "head_dim": 64, "token_shift": True,
+                      "activation": "geglu", "layer_scale": True, "sandwich_norm": True, "qkv_bias": False},
+    "rudalle": {"sandwich_norm": True, "final_norms": 2, "start": "none"},
+    "reversible": {"reversible": True, "activation": "gelu", "layer_scale": True},
+    "odd": {"dim": 40, "heads": 3, "head_dim": 16, "caption_len": 13, "image_vocab": 37, "token_shift": True},
+}  # fmt: skip
+
+
+def random_model(**changes):
+    """Weights that bfloat16 holds exactly, so that only the order of sums differs."""
+    model = DalleModel(TINY.replace(**changes)).eval().requires_grad_(False)
+    for p in model.parameters():
+        p.add_(torch.randn_like(p) * 0.1)
+        p.copy_(p.bfloat16())
+    return model
+
+
+def decode(engine, text, tokens, prompts=2):
+    """Logits [1 + k, B, V] of a prefill, of half of the tokens fed in chunks, and of the rest one by one."""
+    half = tokens.shape[1] // 2
+    logits = [engine.prefill(text, tokens.shape[0] // prompts).clone(), engine.feed(tokens[:, :half]).clone()]
+    return torch.stack([*logits, *(engine.step(t).clone() for t in tokens[:, half:].unbind(1))])
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_the_graph_engine_draws_the_same(name):
+    """A float32 model of bfloat16 weights: what is packed is exact, and so is everything that was fused."""
+    model = random_model(**MODELS[name])
+    config = model.config
+    packed = PackedModel(model, kind="bfloat16", dtype=torch.float32)
+    text, tokens = torch.randint(1, 60, (2, config.caption_len)), torch.randint(config.image_vocab, (6, 15))
+    expected = decode(TorchEngine(model, chunk=4), text, tokens)
+    got = decode(GraphEngine(packed, chunk=4, capture=False), text, tokens)
+    assert (got - expected).abs().max() <= 2e-5 * expected.abs().max()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", ["geglu", "rudalle"])
+def test_weights_of_every_kind(name, kind):
+    """The packed model is the plain model whose weights were rounded the same way (int4: an int8 head)."""
+    model = random_model(**MODELS[name])
+    state = dict(model.state_dict())
+    for key, w in state.items():
+        if w.ndim == 2 and key.startswith(("blocks", "head")):
+            if kind in ("int8", "int4"):
+                state[key] = quantize(w, "int8" if key == "head.weight" else kind).dequantize()
+            else:
+                state[key] = w.to(getattr(torch, kind)).float()
+    rounded = DalleModel(model.config).eval().requires_grad_(False)
+    rounded.load_state_dict(state)
+    text, tokens = torch.randint(1, 60, (2, 16)), torch.randint(32, (6, 10))
+    expected = decode(TorchEngine(rounded), text, tokens)
+    got = decode(GraphEngine(PackedModel(model, kind=kind, dtype=torch.float32), capture=False), text, tokens)
+    assert (got - expected).abs().max() <= 2e-5 * expected.abs().max()
+
+
+class Launches(TorchDispatchMode):
+    """Counts what would be a kernel on a GPU: every operation but those that only name memory anew."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if not function.is_view and "view" not in function.name() and "detach" not in function.name():
+            self.names.append(function.name())
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(("name", "most"), [("paper", 5), ("geglu", 5), ("reversible", 5), ("rudalle", 9)])
+def test_launches_of_a_layer(name, most):
+    model = random_model(**MODELS[name])
+    packed = PackedModel(model, kind="int8", dtype=torch.float32)
+
+    class Run:
+        """A pass whose attention is one operation, as decode_attention is one launch."""
+
+        rotary = None
+
+        def attend(self, layer, q, k, v):
+            return torch.lerp(q, k, 0.5)
+
+    x = torch.randn(3, 1, model.config.dim)
+    launches = Launches()
+    with torch.inference_mode(), launches:
+        packed.layers[0].mlp(x, packed.layers[0].attention(x, x, Run()), Run())
+    assert len(launches.names) == most, launches.names
+    assert launches.names.count("dalle_fast::skinny_linear") == 4
+
+
+def test_many_rows_are_multiplied_in_parts_or_densely():
+    model = random_model()
+    packed = PackedModel(model, kind="bfloat16", dtype=torch.float32)
+    layer, block = packed.layers[0], model.blocks[0]
+    for rows in (1, 64, 65, 130, 256, 257):
+        x, residual = torch.randn(rows, 64), torch.randn(rows, 256)
+        got = layer.up(x, residual)
+        expected = torch.nn.functional.gelu(block.up(block.mlp_norm(x)), approximate="tanh") + residual
+        assert torch.allclose(got, expected, atol=1e-4), rows
+
+
+def test_load_and_size(tmp_path):
+    model = random_model(dim=256, heads=4, head_dim=64)
+    model.save(tmp_path)
+    text, tokens = torch.ones(1, 16, dtype=torch.int64), torch.randint(32, (2, 6))
+    sizes = {}
+    for kind in KINDS:
+        loaded = PackedModel.load_packed(tmp_path, kind=kind)
+        sizes[kind] = loaded.weight_nbytes()
+        expected = decode(GraphEngine(PackedModel(model, kind=kind), capture=False), text, tokens, 1)
+        assert torch.equal(decode(GraphEngine(loaded, capture=False), text, tokens, 1), expected)
+    assert sizes["int8"] < 0.52 * sizes["bfloat16"] and sizes["int4"] < 0.29 * sizes["bfloat16"]
+    assert not any(p.is_meta for p in loaded.parameters())
+
+
+def test_refusals():
+    model = random_model()
+    with pytest.raises(ValueError, match="got kind 'fp8', expected one of bfloat16"):
+        PackedModel(model, kind="fp8")
+    with pytest.raises(ValueError, match="ModelConfig"):
+        PackedModel(model.state_dict())
+    with pytest.raises(NotImplementedError, match="no text head"):
+        PackedModel(model)(torch.ones(1, 16, dtype=torch.int64), torch.zeros(1, 2, dtype=torch.int64))
+    assert "got fp8" in (packed_model.why_not("fp8", "cuda") or "")
+    assert "got triton" in (packed_model.why_not("int8", "cuda", "triton") or "")
