@@ -3,6 +3,7 @@
 // Tensors are contiguous in the order given; sizes are in elements. Callers allocate, kernels fill.
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
 
 namespace dalle_fast {
@@ -49,6 +50,21 @@ struct SkinnyLinearParams {
   Epilogue epilogue;
   DType dtype;
 };
+
+// The same by CUDA, for 1 to 64 rows of bfloat16 or float16 and weights as dalle_fast/packing.py lays them out.
+struct PackedLinearParams {
+  SkinnyLinearParams linear;  // bias in packed order; dtype is that of x, y and residual
+  const float* scale;         // in packed order, or null: multiplies a sum before the bias
+  int32_t* counters;          // [packed outputs / 16], zero before and after
+  void* workspace;            // skinny_linear_workspace bytes
+  DType weight_dtype;
+  int32_t multiprocessors;  // thread blocks to share the work
+  int32_t shared_limit;     // bytes of shared memory that a block may have
+  bool dependent_launch;    // start before the previous kernel has ended: sm_90
+};
+size_t skinny_linear_workspace(const PackedLinearParams& call);
+// Throws std::runtime_error with the driver's words.
+void launch_skinny_linear(const PackedLinearParams& call, void* stream);
 
 // token = argmax(logits / temperature + gumbel noise) over the top_k tokens, of those over the top_p set.
 struct SampleParams {
