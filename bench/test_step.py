@@ -6,6 +6,7 @@ Peers with a growing cache are sampled at evenly spaced cells; dalle_fast plays 
 from __future__ import annotations
 
 from collections.abc import Callable
+from copy import deepcopy
 from functools import lru_cache
 from itertools import cycle
 
@@ -16,11 +17,12 @@ from torch import Tensor
 from bench import work
 from bench.conftest import Measure
 from bench.device import DEVICE
-from bench.peers import Stepper, dense, rows
-from bench.subjects import BOUND, MAKERS, Subject
+from bench.peers import Stepper, dalle_pytorch, dense, rows, rudalle
+from bench.subjects import MAKERS, Subject
+from dalle_fast import cpu_engine
 from dalle_fast.engine import Engine, TorchEngine
-
-F32, BF16 = torch.float32, torch.bfloat16
+from dalle_fast.graph_engine import GraphEngine
+from dalle_fast.model import DalleModel
 
 
 class Ours:
@@ -49,21 +51,49 @@ class Ours:
 
 
 def ours_torch(s: Subject, dtype: str, batch: int) -> Stepper:
-    return Ours(TorchEngine(s.cast(getattr(torch, dtype))), s, batch)
-
-
-def dense_whole(s: Subject, dtype: str, batch: int) -> Stepper:
-    return dense.DenseStepper(
-        s.cast(getattr(torch, dtype)), s.text.to(DEVICE), s.tokens.to(DEVICE), batch, sliced=False
+    return Ours(
+        TorchEngine(s.cast(getattr(torch, dtype)), backend="torch" if DEVICE.type == "cpu" else "auto"), s, batch
     )
 
 
+def ours_cpu(s: Subject, dtype: str, batch: int) -> Stepper:
+    if DEVICE.type != "cpu":
+        pytest.skip("the cpu backend is measured on machines without a GPU")
+    if reason := cpu_engine.why_not(s.config, dtype):
+        pytest.skip(reason)
+    return Ours(cpu_engine.CpuEngine(s.model, dtype=dtype), s, batch)
+
+
+def ours_graph(s: Subject, dtype: str, batch: int) -> Stepper:
+    if DEVICE.type != "cuda":
+        pytest.skip("CUDA graphs need a GPU")
+    return Ours(GraphEngine(s.cast(getattr(torch, dtype)), 1, "auto"), s, batch)
+
+
+def dense_whole(s: Subject, dtype: str, batch: int) -> Stepper:
+    return dense.DenseStepper(*fed(s, dtype), batch, sliced=False)
+
+
 def dense_sliced(s: Subject, dtype: str, batch: int) -> Stepper:
-    return dense.DenseStepper(s.cast(getattr(torch, dtype)), s.text.to(DEVICE), s.tokens.to(DEVICE), batch, sliced=True)
+    return dense.DenseStepper(*fed(s, dtype), batch, sliced=True)
 
 
 def dense_compiled(s: Subject, dtype: str, batch: int) -> Stepper:
-    return dense.CompiledStepper(s.cast(getattr(torch, dtype)), s.text.to(DEVICE), s.tokens.to(DEVICE), batch)
+    return dense.CompiledStepper(*fed(s, dtype), batch)
+
+
+def fed(s: Subject, dtype: str) -> tuple[DalleModel, Tensor, Tensor]:
+    return s.cast(getattr(torch, dtype)), s.text.to(DEVICE), s.tokens.to(DEVICE)
+
+
+def dalle_pytorch_forward(s: Subject, dtype: str, batch: int) -> Stepper:
+    model = dalle_pytorch.in_type(deepcopy(s.peer), getattr(torch, dtype)).to(DEVICE)
+    return dalle_pytorch.ForwardStepper(model, s.text.to(DEVICE), s.tokens.to(DEVICE), batch)
+
+
+def rudalle_forward(s: Subject, dtype: str, batch: int) -> Stepper:
+    model = deepcopy(s.peer).to(DEVICE, getattr(torch, dtype))
+    return rudalle.ForwardStepper(model, s.text.to(DEVICE), s.tokens.to(DEVICE), batch)
 
 
 @lru_cache(maxsize=2)
@@ -71,39 +101,53 @@ def subject(architecture: str, small: bool) -> Subject:
     return MAKERS[architecture](small)
 
 
-def cases() -> list[object]:
-    params = []
-    for batch in (1, 8, 32):
-        for architecture, contender, dtype in CONTENDERS:
-            marks = [pytest.mark.importance(2 if batch == 32 else 1)]
-            if contender is dense_compiled:
-                marks.append(pytest.mark.compiles)
-            name = f"{architecture}-{batch}-{contender.__name__}-{dtype}"
-            params.append(pytest.param(architecture, batch, contender, dtype, id=name, marks=marks))
-    return params
-
-
-CONTENDERS: list[tuple[str, Callable[[Subject, str, int], Stepper], str]] = [
-    ("paper", ours_torch, "float32"),
-    ("paper", ours_torch, "bfloat16"),
-    ("paper", dense_whole, "float32"),
-    ("paper", dense_sliced, "float32"),
-    ("paper", dense_sliced, "bfloat16"),
-    ("paper", dense_compiled, "bfloat16"),
+Contender = Callable[[Subject, str, int], Stepper]
+OURS: list[tuple[Contender, str]] = [
+    *((ours_cpu, dtype) for dtype in ("bfloat16", "int8", "float32")),
+    *((ours_torch, dtype) for dtype in ("bfloat16", "float32")),
+    (ours_graph, "bfloat16"),
 ]
+PEERS: dict[str, list[tuple[Contender, str]]] = {
+    "dalle-pytorch": [(dalle_pytorch_forward, "bfloat16"), (dalle_pytorch_forward, "float32")],
+    "rudalle": [(rudalle_forward, "bfloat16"), (rudalle_forward, "float32")],
+    "paper": [
+        *((dense_sliced, dtype) for dtype in ("bfloat16", "float32")),
+        (dense_whole, "bfloat16"),
+        (dense_compiled, "bfloat16"),
+    ],
+}
 NAMES = {
+    ours_cpu: "dalle_fast, cpu backend",
     ours_torch: "dalle_fast, torch backend",
+    ours_graph: "dalle_fast, CUDA graph",
     dense_whole: "dense cache, masked, all of it read",
     dense_sliced: "dense cache, masked, read up to the cell",
     dense_compiled: "dense cache, masked, torch.compile",
+    dalle_pytorch_forward: "DALLE-pytorch 1.6.6, forward with cache",
+    rudalle_forward: "ruDALL-E 1.1.3, forward with cache",
 }
-TITLES = {"paper": "A step of the paper's architecture: 512 wide, 8 layers, 256 + 32×32"}
+TITLES = {
+    "dalle-pytorch": "A step of DALLE-pytorch's architecture: 512 wide, 8 layers, 257 + 32×32",
+    "rudalle": "A step of ruDALL-E's architecture: 512 wide, 8 layers, 128 + 32×32",
+    "paper": "A step of the paper's architecture: 512 wide, 8 layers, 256 + 32×32",
+}
+
+
+def cases() -> list[object]:
+    params = []
+    for batch in (1, 8, 32):
+        for architecture, peers in PEERS.items():
+            for contender, dtype in (*OURS, *peers):
+                marks = [pytest.mark.importance(2 if batch == 32 else 1)]
+                if contender is dense_compiled:
+                    marks.append(pytest.mark.compiles)
+                name = f"{architecture}-{batch}-{contender.__name__}-{dtype}"
+                params.append(pytest.param(architecture, batch, contender, dtype, id=name, marks=marks))
+    return params
 
 
 @pytest.mark.parametrize(("architecture", "batch", "contender", "dtype"), cases())
-def test_step(
-    architecture: str, batch: int, contender: Callable[[Subject, str, int], Stepper], dtype: str, measure: Measure
-) -> None:
+def test_step(architecture: str, batch: int, contender: Contender, dtype: str, measure: Measure) -> None:
     s = subject(architecture, measure.small)
     measure.describe(TITLES[architecture], f"batch {batch}", NAMES[contender], dtype, batch=batch)
     stepper = contender(s, dtype, batch)
@@ -112,11 +156,35 @@ def test_step(
     measure.save()
 
 
+PUBLIC = "Drawing one token with DALLE-pytorch's public generate_images: 512 wide, 8 layers, 257 + 32×32"
+
+
+@pytest.mark.importance(2)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("batch", [1, 8])
+def test_generate_images(batch: int, dtype: str, measure: Measure) -> None:
+    """Its loop passes no cache on: what a token costs its users."""
+    s = subject("dalle-pytorch", measure.small)
+    measure.describe(PUBLIC, f"batch {batch}", "DALLE-pytorch 1.6.6, generate_images", dtype, batch=batch)
+    model = dalle_pytorch.in_type(deepcopy(s.peer), getattr(torch, dtype)).to(DEVICE)
+    stepper = dalle_pytorch.PublicStepper(model, s.text.to(DEVICE), s.tokens.to(DEVICE), batch)
+    for cell in s.cells[-2:]:
+        stepper.seek(cell)
+        logits = rows(s.expected[cell], batch)
+        drawn = logits.gather(1, stepper.step()[:, None].cpu())
+        measure.check(drawn, logits.amax(1, keepdim=True), s.bound(dtype))  # the most likely one, up to rounding
+    steps = s.config.cells - 2
+    count = min(steps, stepper.positions)
+    positions = [int((i + 0.5) * steps / count) for i in range(count)]
+    turn = cycle(positions)
+    measure(stepper.step, positions=positions, passes=1, setup=lambda: stepper.seek(next(turn)), warmup=0)
+
+
 def time_steps(measure: Measure, s: Subject, stepper: Stepper, dtype: str, batch: int) -> None:
     """Checks the logits at the cells of the subject, then times; what is played while timing is checked as well."""
     for cell in s.cells[:-2] if stepper.positions is None and not measure.small else s.cells:
         stepper.seek(cell)
-        measure.check(stepper.step()[[0, -1]], rows(s.expected[cell], batch)[[0, -1]], BOUND[dtype])
+        measure.check(stepper.step()[[0, -1]], rows(s.expected[cell], batch)[[0, -1]], s.bound(dtype))
     steps = s.config.cells - 1
     count = min(steps, stepper.positions or steps)
     positions = [int((i + 0.5) * steps / count) for i in range(count)]
@@ -124,7 +192,7 @@ def time_steps(measure: Measure, s: Subject, stepper: Stepper, dtype: str, batch
 
     def verify() -> None:
         if last[0] in s.expected:
-            measure.check(last[1][[0, -1]], rows(s.expected[last[0]], batch)[[0, -1]], BOUND[dtype])
+            measure.check(last[1][[0, -1]], rows(s.expected[last[0]], batch)[[0, -1]], s.bound(dtype))
 
     def setup() -> None:
         verify()

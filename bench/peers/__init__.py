@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import importlib.util
+import sys
+import types
 from collections.abc import Callable
 from functools import wraps
 from importlib import import_module
+from pathlib import Path
 from typing import Any, Protocol
 
 import pytest
@@ -40,6 +44,25 @@ def load(module: str) -> Any:
         return import_module(module)
     except Exception as error:  # a peer's own failing imports are a reason like any other
         pytest.skip(f"{module} cannot be imported: {error}")
+
+
+def load_part(package: str, module: str, advice: str, stand_ins: dict[str, types.ModuleType] | None = None) -> Any:
+    """Imports one module of a package without the package's own __init__.py, which imports much that a transformer does
+    not need; or skips the case with the reason. stand_ins: modules of the package that are not imported either, by name."""
+    name = f"{package}.{module}"
+    if name in sys.modules:
+        return sys.modules[name]
+    spec = importlib.util.find_spec(package)
+    if spec is None:
+        pytest.skip(f"{package} is not installed; {advice}")
+    root = Path((spec.submodule_search_locations or [""])[0])
+    parts = module.split(".")[:-1]
+    for i in range(len(parts) + 1):
+        empty = types.ModuleType(".".join([package, *parts[:i]]))
+        empty.__path__ = [str(root.joinpath(*parts[:i]))]
+        sys.modules[empty.__name__] = empty
+    sys.modules.update(stand_ins or {})
+    return load(name)
 
 
 def needs(reason: Callable[[], str | None]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
