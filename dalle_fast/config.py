@@ -33,6 +33,7 @@ class ModelConfig:
     sandwich_norm  a second LayerNorm after attention and after the MLP, before each residual add
     final_norms    1, or 2 in a row (ruDALL-E)
     layer_scale    a learned vector on each branch; token_shift, reversible: as in DALLE-pytorch
+    divide_by_max  each position's channels are divided by their maximum before the last norm (DALLE-pytorch's `stable`)
 
     Raises ValueError for a value out of range, naming it.
     """
@@ -57,6 +58,7 @@ class ModelConfig:
     layer_scale: bool = False
     token_shift: bool = False
     reversible: bool = False
+    divide_by_max: bool = False
     norm_eps: float = 1e-5
 
     def __post_init__(self) -> None:

@@ -26,6 +26,8 @@ def why_not(config: ModelConfig, dtype: str = "auto") -> str | None:
         return f"it holds weights as {', '.join(DTYPES[1:])}, got {dtype}"
     if config.head_dim % 16 or not 16 <= config.head_dim <= 256:
         return f"it needs a head dim that is a multiple of 16 up to 256, got {config.head_dim}"
+    if config.divide_by_max:
+        return "it has no division by the maximum before the last norm (divide_by_max)"
     return cpu_backend.kernels_why_not()
 
 

@@ -160,11 +160,15 @@ class DalleModel(nn.Module):
             for block in blocks:
                 a = a + block.attention(b, run)
                 b = b + block.mlp(a, run)
-            return (a + b) / 2
+            return self.finish((a + b) / 2)
         for block in blocks:
             x = x + block.attention(x, run)
             x = x + block.mlp(x, run)
-        return x
+        return self.finish(x)
+
+    def finish(self, x: Tensor) -> Tensor:
+        """What comes between the blocks and the last norm: [B, n, d] -> [B, n, d]."""
+        return x / x.amax(-1, keepdim=True) if self.config.divide_by_max else x
 
     def forward(self, text: Tensor, image: Tensor) -> tuple[Tensor, Tensor]:
         """text [B, caption_len] int64 (0: padding), image [B, n] int64 with n <= cells.
@@ -235,7 +239,9 @@ class DalleModel(nn.Module):
         config = ModelConfig.from_json(weights.read_text(Path(folder) / "config.json"))
         with torch.device("meta"):
             model = cls(config)
-        state = weights.load(Path(folder) / "model.safetensors", model.state_dict(), dtype=dtype, device=device)
+        # Angles keep their type: in half precision those of a caption's end are off by whole radians.
+        path, expected = Path(folder) / "model.safetensors", model.state_dict()
+        state = weights.load(path, expected, dtype=dtype, device=device, exact=("rotary",))
         model.load_state_dict(state, assign=True)
         return model.eval().requires_grad_(False)
 

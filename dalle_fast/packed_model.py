@@ -104,11 +104,11 @@ class PackedModel(DalleModel):
             for layer in self.layers:
                 a = layer.attention(b, a, run)
                 b = layer.mlp(a, b, run)
-            return (a + b) / 2
+            return self.finish((a + b) / 2)
         for layer in self.layers:
             x = layer.attention(x, x, run)
             x = layer.mlp(x, x, run)
-        return x
+        return self.finish(x)
 
     def image_logits(self, x: Tensor) -> Tensor:
         for norm in list(self.final_norms.children())[:-1]:

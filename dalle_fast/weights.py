@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 
 import safetensors.torch
@@ -48,9 +48,15 @@ def save(path: Path, state: Mapping[str, Tensor]) -> None:
 
 
 def load(
-    path: Path, expected: Mapping[str, Tensor], *, dtype: torch.dtype | None = None, device: torch.device | str = "cpu"
+    path: Path,
+    expected: Mapping[str, Tensor],
+    *,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str = "cpu",
+    exact: Collection[str] = (),
 ) -> dict[str, Tensor]:
-    """Reads the tensors named in `expected` (their shapes count, meta tensors will do), floating ones in `dtype`.
+    """Reads the tensors named in `expected` (their shapes count, meta tensors will do), floating ones in `dtype`; those
+    named in `exact` are widened to it, never narrowed.
 
     Raises WeightError listing every problem: missing and unexpected names, other shapes, values that are not finite.
     """
@@ -68,7 +74,10 @@ def load(
                     continue
                 if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
                     problems.append(f"{name} has values that are not finite")
-                state[name] = tensor.to(device=device, dtype=dtype if tensor.is_floating_point() else None)
+                kind = dtype if tensor.is_floating_point() else None
+                if kind is not None and name in exact:
+                    kind = torch.promote_types(kind, tensor.dtype)
+                state[name] = tensor.to(device=device, dtype=kind)
     except (OSError, SafetensorError) as error:
         raise WeightError(f"cannot read {path}: {error}") from None
     if problems:

@@ -118,6 +118,13 @@ def test_token_shift_by_hand():
         torch.testing.assert_close(shifted[:, s], expected, rtol=0, atol=0)
 
 
+def test_dividing_by_the_maximum_comes_before_the_last_norm():
+    model = tiny(divide_by_max=True)
+    x = torch.randn(2, 3, model.config.dim, dtype=torch.float64)
+    model.blocks = torch.nn.ModuleList()
+    torch.testing.assert_close(model.run_blocks(x, None), x / x.max(-1, keepdim=True).values)
+
+
 def test_rotation_turns_pairs_and_leaves_the_rest():
     config = ModelConfig.preset("tiny", head_dim=64, positions="rotary", start="none")
     angles = rotary_table(config)
@@ -160,7 +167,8 @@ def test_save_and_load_give_the_same_logits(tmp_path):
     model.save(tmp_path)
     text, image = tokens(model.config)
     torch.testing.assert_close(DalleModel.load(tmp_path)(text, image)[1], model(text, image)[1], rtol=0, atol=0)
-    assert DalleModel.load(tmp_path, dtype=torch.bfloat16).head.weight.dtype == torch.bfloat16
+    narrow = DalleModel.load(tmp_path, dtype=torch.bfloat16)
+    assert narrow.head.weight.dtype == torch.bfloat16 and narrow.rotary.equal(model.rotary)  # angles are not rounded
 
 
 def test_the_oracle_itself_is_a_softmax_over_allowed_keys():
