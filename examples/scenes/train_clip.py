@@ -39,6 +39,7 @@ from .grammar import (
 )
 
 SIZE, CAPTION_LEN = 128, 32
+SAVE_EVERY = 200
 MEAN = (0.48145466, 0.4578275, 0.40821073)  # CLIP's own
 DEVIATION = (0.26862954, 0.26130258, 0.27577711)
 ARRANGEMENTS = ("group", "left_of", "on_top", "tower")
@@ -292,7 +293,7 @@ def main() -> None:
             model.clip.logit_scale.clamp_(max=math.log(100))
         if step % 20 == 0:
             bar.set_postfix_str(f"contrast {float(contrast):.3f}, attributes {float(missed):.3f}")
-        if (step + 1) % 200 == 0 or step + 1 == args.steps:
+        if (step + 1) % SAVE_EVERY == 0 or step + 1 == args.steps:
             state = {
                 "model": model.state_dict(),
                 "optimizers": [o.state_dict() for o, _ in optimizers],

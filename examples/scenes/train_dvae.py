@@ -136,7 +136,7 @@ def main() -> None:
         for name, value in model.state_dict().items():
             average[name].lerp_(value, 1 - min(0.995, step / (step + 20)))
         if step % 50 == 0:
-            bar.set_postfix({name: f"{float(value):.3f}" for name, value in figures.items()})
+            bar.set_postfix({name: f"{float(value.detach()):.3f}" for name, value in figures.items()})
         if (step + 1) % 500 == 0 or step + 1 == args.steps:
             torch.save(
                 {

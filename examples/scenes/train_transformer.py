@@ -1,9 +1,10 @@
 """Trains the bundled transformer; the same command on a GPU or a CPU, resumes from its checkpoint.
 
 `python -m examples.scenes.train_transformer --help`. The learning rate is constant until the last `--decay` steps,
-which take it to zero: a run may be prolonged by resuming its checkpoint with more `--steps`. Until the decay the text
-section has 32 positions, which every caption of the grammar fits into and which saves a third of the work; then the
-model gets its 256. Matrices learn by Muon, everything else by AdamW. Weights are float32, arithmetic is bfloat16.
+which take it to zero: a run may be prolonged by resuming its checkpoint with more `--steps`. Until the last
+`--long-text` steps the text section has 32 positions, which every caption of the grammar fits into and which saves a
+third of the work; then the model gets its 256. Matrices learn by Muon, everything else by AdamW. Weights are float32,
+arithmetic is bfloat16.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from .steady_codes import Codebook
 from .tiled_attention import TiledPass
 
 SHORT_TEXT, TEXT = 32, 256
+PAD_STEPS = 60  # in which the pads that join at the end are learnt, alone
 REPEAT_WEIGHT = 0.2  # of a code equal to both its left and its upper neighbour: most of a picture, and soon certain
 
 
@@ -184,8 +186,9 @@ def main() -> None:
     )
     parser.add_argument("--steps", type=int, default=4000)
     parser.add_argument(
-        "--decay", type=int, default=1000, help="steps of the final decay, trained with the whole text section"
+        "--decay", type=int, default=1000, help="the last steps, in which the learning rate falls to zero"
     )
+    parser.add_argument("--long-text", type=int, default=200, help="the last steps, with the whole text section")
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--dim", type=int, default=192)
     parser.add_argument("--layers", type=int, default=12)
@@ -214,11 +217,11 @@ def main() -> None:
     mean, started = None, time.time()
     bar = tqdm(total=args.steps, initial=step, desc="transformer", mininterval=10)
     while step < args.steps:
-        decaying = step >= args.steps - args.decay
-        if decaying and training.model.config.caption_len < TEXT:
+        long = step >= args.steps - args.long_text
+        if long and training.model.config.caption_len < TEXT:
             torch.manual_seed(args.seed + 1)
-            training = training.longer(Batches(tokenizer, codebook, 2, TEXT, args.seed + 1, 60))
-        end = args.steps if decaying else args.steps - args.decay
+            training = training.longer(Batches(tokenizer, codebook, 2, TEXT, args.seed + 1, PAD_STEPS))
+        end = args.steps if long else args.steps - args.long_text
         data = Batches(tokenizer, codebook, args.batch, training.model.config.caption_len, args.seed, args.steps)
         loader = torch.utils.data.DataLoader(data, batch_size=None, sampler=range(step, end), num_workers=args.workers)
         for text, image in loader:
