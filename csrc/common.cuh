@@ -52,6 +52,14 @@ __device__ __forceinline__ void cp_async(shared<unsigned char> to, const void* f
                  : "memory");
   }
 }
+// 16 bytes that will not be read again: the first to leave the second-level cache.
+__device__ __forceinline__ void cp_async_once(shared<unsigned char> to, const void* from) {
+  asm volatile(
+      "{\n.reg .b64 policy;\ncreatepolicy.fractional.L2::evict_first.b64 policy, 1.0;\n"
+      "cp.async.cg.shared.global.L2::cache_hint [%0], [%1], 16, policy;\n}" ::"r"(shared_address(to)),
+      "l"(from)
+      : "memory");
+}
 __device__ __forceinline__ void cp_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 // Until at most Left of this thread's groups are under way; other threads' copies need a barrier after it.
 template <int Left>
@@ -97,10 +105,20 @@ __device__ __forceinline__ void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[
 #undef DF_MMA
 }
 
-// Global memory that nobody writes meanwhile; the same read once only (16 bytes: evicted first); what other blocks wrote.
+// a - b for two elements of T each.
+template <class T>
+__device__ __forceinline__ uint32_t subtract_pair(uint32_t a, uint32_t b) {
+  uint32_t d;
+  if constexpr (std::is_same_v<T, __half>) asm("sub.rn.f16x2 %0, %1, %2;" : "=r"(d) : "r"(a), "r"(b));
+  else asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(d) : "r"(b), "r"(0xBF80BF80u), "r"(a));  // -1 b + a: no sub on sm_80
+  return d;
+}
+
+// Reads of global memory: cached (not __ldg, which the compiler may move to before wait_for_previous_kernel); of weights, read
+// once only (16 bytes: evicted first); of what other blocks wrote.
 template <class T>
 __device__ __forceinline__ T load(const T* p) {
-  return __ldg(p);
+  return *p;
 }
 template <class T>
 __device__ __forceinline__ T load_once(const T* p) {

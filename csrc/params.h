@@ -36,6 +36,18 @@ struct DecodeAttentionParams {
   DType dtype;
 };
 
+// The same by CUDA, for bfloat16 and float16 and head dims of 64 and 128. neighbour_slots holds cell | slot << 16.
+struct CudaDecodeParams {
+  DecodeAttentionParams call;
+  float* partial;    // [tiles, heads, splits, rows, dim + 2] or null for one split; tiles of `rows` queries of a prompt
+  int32_t* arrived;  // [tiles, heads] or null: zero before and after
+  int32_t rows;      // 16 or 64
+  int32_t splits;
+  bool dependent_launch;  // start before the previous kernel has ended: sm_90
+};
+// Throws std::runtime_error with the driver's words.
+void launch_decode_attention(const CudaDecodeParams& call, void* stream);
+
 // y = epilogue(layer_norm(x) W^T + bias) + residual.
 struct SkinnyLinearParams {
   const void* x;             // [rows, inputs]
@@ -52,7 +64,7 @@ struct SkinnyLinearParams {
 };
 
 // The same by CUDA, for 1 to 64 rows of bfloat16 or float16 and weights as dalle_fast/packing.py lays them out.
-struct PackedLinearParams {
+struct CudaLinearParams {
   SkinnyLinearParams linear;  // bias in packed order; dtype is that of x, y and residual
   const float* scale;         // in packed order, or null: multiplies a sum before the bias
   int32_t* counters;          // [packed outputs / 16], zero before and after
@@ -62,9 +74,9 @@ struct PackedLinearParams {
   int32_t shared_limit;     // bytes of shared memory that a block may have
   bool dependent_launch;    // start before the previous kernel has ended: sm_90
 };
-size_t skinny_linear_workspace(const PackedLinearParams& call);
+size_t skinny_linear_workspace(const CudaLinearParams& call);
 // Throws std::runtime_error with the driver's words.
-void launch_skinny_linear(const PackedLinearParams& call, void* stream);
+void launch_skinny_linear(const CudaLinearParams& call, void* stream);
 
 // token = argmax(logits / temperature + gumbel noise) over the top_k tokens, of those over the top_p set.
 struct SampleParams {
@@ -77,5 +89,14 @@ struct SampleParams {
   uint64_t seed;
   DType dtype;
 };
+
+// The same by CUDA; logits of float32, bfloat16 or float16.
+struct CudaSampleParams {
+  SampleParams call;
+  double top_p;           // in full: the cut is exact
+  bool dependent_launch;  // start before the previous kernel has ended: sm_90
+};
+// Throws std::runtime_error with the driver's words.
+void launch_sample(const CudaSampleParams& call, void* stream);
 
 }  // namespace dalle_fast

@@ -130,6 +130,7 @@ void cp_async(shared<unsigned char> to, const void* from, int wanted = Bytes) {
   for (int i = 0; i < wanted; i += 1) cuda_on_cpu::check_global(static_cast<const char*>(from) + i, 1);
   cuda_on_cpu::fibre().groups.back().push_back({to.at, from, Bytes, wanted});
 }
+inline void cp_async_once(shared<unsigned char> to, const void* from) { cp_async<16>(to, from); }
 inline void cp_async_commit() { cuda_on_cpu::fibre().groups.emplace_back(); }
 template <int Left>
 void cp_async_wait() { cuda_on_cpu::wait_for_copies(Left); }
@@ -178,6 +179,20 @@ void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2],
       for (int n = 0; n < 8; ++n) all[row % 8 * 4 + n / 2]->d[row / 8 * 2 + n % 2] += sum[n];
     }
   });
+}
+
+template <class T>
+uint32_t subtract_pair(uint32_t a, uint32_t b) {
+  auto value = [](uint32_t bits) {
+    if constexpr (std::is_same_v<T, __half>) return __half2float(__half{static_cast<uint16_t>(bits)});
+    else return __bfloat162float(__nv_bfloat16{static_cast<uint16_t>(bits)});
+  };
+  auto difference = [&](int shift) -> uint32_t {
+    const float d = value(a >> shift) - value(b >> shift);
+    if constexpr (std::is_same_v<T, __half>) return uint32_t{__float2half(d).bits} << shift;
+    else return uint32_t{__float2bfloat16(d).bits} << shift;
+  };
+  return difference(0) | difference(16);
 }
 
 // Reads of global memory: cached, once only, and from the second-level cache (what other blocks wrote).
