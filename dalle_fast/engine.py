@@ -17,12 +17,13 @@ class Engine(Protocol):
     """Decodes prompts x candidates sequences side by side. Candidate b belongs to prompt b // candidates.
 
     batch_invariant: a candidate's logits do not depend, to the bit, on how many others are decoded with it.
-    backend: who computes the ops ("auto": chosen for each).
+    backend: who computes the ops ("auto": chosen for each). chunk: known tokens fed at a time.
     """
 
     config: ModelConfig
     batch_invariant: bool
     backend: str
+    chunk: int
 
     def prefill(self, text: Tensor, candidates: int) -> Tensor:
         """Starts anew with captions [P, caption_len] int64; returns the logits of image token 0, [P * N, image_vocab]."""

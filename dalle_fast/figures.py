@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from dalle_fast.masks import Mask, Pattern
 
@@ -39,7 +39,7 @@ GAP = 28
 def contact_sheet(images: Sequence[Image.Image], columns: int = 0, gap: int = 4) -> Image.Image:
     """All pictures on one sheet, row by row, as near to a square as `columns` = 0 can make it.
 
-    Raises ValueError without pictures. The first picture's size is every cell's size.
+    Raises ValueError without pictures. The first picture's size is every cell's size; others are scaled into it.
     """
     if not images:
         raise ValueError("got no pictures, expected at least one")
@@ -48,6 +48,8 @@ def contact_sheet(images: Sequence[Image.Image], columns: int = 0, gap: int = 4)
     width, height = images[0].size
     sheet = Image.new("RGB", (columns * (width + gap) - gap, rows * (height + gap) - gap), BACKGROUND)
     for index, image in enumerate(images):
+        if image.size != (width, height):
+            image = ImageOps.pad(image, (width, height), color=BACKGROUND)
         sheet.paste(image, (index % columns * (width + gap), index // columns * (height + gap)))
     return sheet
 

@@ -19,17 +19,21 @@ class Box:
     bottom: int
 
     @classmethod
-    def parse(cls, text: str, height: int, width: int, factor: int) -> Box:
-        """ "x0,y0,x1,y1" in cells, or in pixels with a trailing "px" (widened to whole cells of `factor` pixels).
+    def parse(cls, text: str, height: int, width: int, size: tuple[int, int]) -> Box:
+        """ "x0,y0,x1,y1" in cells; or with a trailing "px" in pixels of a picture of `size` (width, height), widened to
+        whole cells.
 
         Raises ValueError for another form, an empty box or one that leaves the picture.
         """
-        match = re.fullmatch(r"\s*(-?\d+)\s*,\s*(-?\d+)\s*,\s*(-?\d+)\s*,\s*(-?\d+)\s*(px)?\s*", text)
+        match = re.fullmatch(r"\s*(-?\d{1,9})\s*,\s*(-?\d{1,9})\s*,\s*(-?\d{1,9})\s*,\s*(-?\d{1,9})\s*(px)?\s*", text)
         if not match:
             raise ValueError(f"got box {text!r}, expected x0,y0,x1,y1 in cells, or x0,y0,x1,y1px in pixels")
         x0, y0, x1, y1 = map(int, match.groups()[:4])
         if match[5]:
-            x0, y0, x1, y1 = x0 // factor, y0 // factor, -(-x1 // factor), -(-y1 // factor)
+            if not (0 <= x0 < x1 <= size[0] and 0 <= y0 < y1 <= size[1]):
+                raise ValueError(f"got box {text!r}, expected a rectangle within 0,0,{size[0]},{size[1]}px")
+            x0, x1 = x0 * width // size[0], -(-x1 * width // size[0])
+            y0, y1 = y0 * height // size[1], -(-y1 * height // size[1])
         box = cls(x0, y0, x1, y1)
         box.check(height, width)
         return box

@@ -48,7 +48,8 @@ class Wave:
 
     candidates: Tensor  # [n] int64: their numbers, which key their random streams
     tokens: Tensor  # [n, cells] int64
-    log_likelihood: Tensor  # [n] float64, nats: log p of the drawn (and scored) tokens, before temperature and cuts
+    log_likelihood: Tensor  # [n] float64, nats: log p of the drawn tokens, before temperature, guidance and cuts
+    known_log_p: Tensor  # [n] float64, nats: log p of the known tokens after the first drawn one, where scored, else 0
 
 
 def draw(
@@ -89,34 +90,36 @@ def draw(
     if shared:
         logits = engine.feed(given[:lead].expand(len(prompts), -1)).repeat_interleave(n, dim=0)
         engine.fork(n)
-    j, ahead = lead, None  # what the last step has drawn already
-    while j < config.cells:
-        fed = 1
-        if host[j] < 0 or score_known:
-            if ahead is not None:
-                tokens, log_p = ahead.tokens, ahead.log_p
-            else:
-                place = places[j : j + 1]
-                tokens = given[j].expand(n) if host[j] >= 0 else _draw(engine, logits, candidates, settings, place)
-                log_p = log_probability(logits[:n], tokens)
-            yield j, tokens, log_p
-            last = tokens[:, None]
-        else:
-            fed = _run(host, j)
-            last = given[j : j + fed].expand(n, -1)
-            for i in range(j, j + fed):
+    j, ahead = lead, None  # ahead: what the last step has drawn already
+    waiting: list[Tensor] = []  # [N, k] each: tokens that the engine has not been given yet
+    while j < end or (j < config.cells and score_known):
+        if host[j] >= 0 and not score_known:
+            run = _run(host, j)
+            for i in range(j, j + run):
                 yield i, given[i].expand(n), nothing
-        j += fed
-        if j == config.cells or (j >= end and not score_known):
-            break
-        last = torch.cat([last, last]) if guided else last  # [B, fed]
-        if isinstance(engine, DrawingEngine):
-            if fed > 1:
-                engine.feed(last[:, :-1])
-            forced = None if host[j] < 0 else given[j].expand(n)
-            ahead = engine.sample(last[:, -1], candidates, given=forced, **how)
+            waiting.append(given[j : j + run].expand(n, -1))
+            j += run
+            continue
+        if waiting:  # the last token drawn and the known ones after it, at once
+            last = torch.cat(waiting, dim=1) if len(waiting) > 1 else waiting[0]
+            last = torch.cat([last, last]) if guided else last  # [B, k]
+            if isinstance(engine, DrawingEngine):
+                if last.shape[1] > 1:
+                    engine.feed(last[:, :-1])
+                forced = None if host[j] < 0 else given[j].expand(n)
+                ahead = engine.sample(last[:, -1], candidates, given=forced, **how)
+            else:
+                logits = engine.feed(last)
+        if ahead is not None:
+            tokens, log_p = ahead.tokens, ahead.log_p
         else:
-            logits = engine.feed(last)
+            tokens = (
+                given[j].expand(n) if host[j] >= 0 else _draw(engine, logits, candidates, settings, places[j : j + 1])
+            )
+            log_p = log_probability(logits[:n], tokens)
+        yield j, tokens, log_p
+        waiting = [tokens[:, None]]
+        j += 1
     for i in range(j, config.cells):
         yield i, given[i].expand(n), nothing
 
@@ -168,23 +171,24 @@ def sample(
     if n < 1 or (wave is not None and wave < 1):
         raise ValueError(f"got n={n} candidates in waves of {wave}, expected at least 1 of each")
     wave = default_wave(engine, n, settings) if wave is None else wave
+    given = [False] * engine.config.cells if known is None else (known >= 0).tolist()
 
     def run(start: int, count: int, most: int) -> Wave:
         size = count if engine.batch_invariant else most
         candidates = torch.arange(first + start, first + start + size)
-        tokens, log_likelihood, shown = None, None, 0
+        tokens, sums, shown = None, None, 0
         for j, drawn, log_p in draw(engine, text, candidates, settings, known, score_known):
-            if tokens is None or log_likelihood is None:
+            if tokens is None or sums is None:
                 tokens = drawn.new_empty(size, engine.config.cells)
-                log_likelihood = torch.zeros_like(log_p)
+                sums = log_p.new_zeros(2, size)  # of what is drawn, of what is known
             tokens[:, j] = drawn
-            log_likelihood += log_p
+            sums[int(given[j])] += log_p
             if on_token is not None and (drawn.device.type == "cpu" or (j + 1) % engine.config.width == 0):
                 for column in tokens[:count, shown : j + 1].cpu().unbind(1):
                     on_token(shown, column)
                     shown += 1
-        assert tokens is not None and log_likelihood is not None
-        return Wave(candidates[:count], tokens[:count].cpu(), log_likelihood[:count].cpu())
+        assert tokens is not None and sums is not None
+        return Wave(candidates[:count], tokens[:count].cpu(), *sums[:, :count].cpu())
 
     yield from halving(n, wave, run)
 

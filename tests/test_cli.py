@@ -110,9 +110,9 @@ BAD_OPTIONS = {
     "no such dtype": (["--dtype", "float7"], "got dtype 'float7', expected one of auto, float32"),
     "no such backend": (["--backend", "magic"], "got backend 'magic', expected one of auto, cuda"),
     "no such option": (["--colour", "red"], "unrecognized arguments: --colour red"),
-    "nothing to rank with": (["--rank"], "CLIP"),
+    "nothing to rank with": (["--rank", "clip"], "got a model without a CLIP folder"),
     "model folder missing": (["--model", "nowhere"], "cannot read nowhere"),
-    "clip folder missing": (["--rank", "--clip", "nowhere"], ""),
+    "clip folder missing": (["--rank", "clip", "--clip", "nowhere"], "nowhere"),
 }
 
 

@@ -23,8 +23,20 @@ ORDER = [
     *("kernels", "torch_backend", "cpu_backend", "triton_backend", "cuda_backend"),
     *("ops", "linear", "config", "cache", "weights", "passes", "model"),
     *("planning", "engine", "cpu_engine", "packed_model", "graph_engine", "loading", "sampling"),
-    *("tokenizer", "vqgan", "images", "ranking", "regions", "pipeline", "jobs"),
-    *("checkpoints", "figures", "env", "commands", "cli"),
+    *(
+        "tokenizer",
+        "codec",
+        "discrete_vae",
+        "vqgan",
+        "images",
+        "ranking",
+        "regions",
+        "pipeline",
+        "figures",
+        "records",
+        "jobs",
+    ),
+    *("checkpoints", "env", "commands", "cli"),
 ]
 CODE = (".py", ".cpp", ".cu", ".cuh", ".h")
 MAX_LINES = 400
