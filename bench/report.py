@@ -1,12 +1,16 @@
 """Results files -> Markdown tables and plots, and into the documents.
 
-python -m bench.report [RESULTS.json …]         prints the tables (of all files in bench/results)
-python -m bench.report RESULTS.json --docs      rewrites README.md and docs/performance.md between their markers
-python -m bench.report RESULTS.json --plots DIR plots as PNG and SVG (needs matplotlib: pip install -e ".[bench]")
-python -m bench.report NEW.json --against OLD.json   exit status 1 if something got slower or wrong
+python -m bench.report [RESULTS.json …]           prints the tables (of all files in bench/results)
+python -m bench.report RESULTS.json --out DIR     DIR/report.md, with the plots beside it as PNG and SVG
+python -m bench.report --docs                     rewrites what is marked in README.md and docs/performance.md, and docs/plots
+python -m bench.report NEW.json --against OLD.json    exit status 1 if something got slower or wrong
+python -m bench.report ONE.json --repeated TWO.json   exit status 1 if a ratio of the two runs differs by more than 15 %
 
-In a document, what stands between `<!-- bench: NAME -->` and `<!-- /bench -->` is replaced by the tables whose title
-starts with NAME ("all": every table, "machine": device, date, commit and limits).
+Plots need matplotlib: pip install -e ".[bench]". In a document, what stands between `<!-- bench: NAME -->` and
+`<!-- /bench -->` is replaced by the tables whose title starts with NAME ("all": every table, "machine": device, date, commit
+and limits), and what stands between `<!-- figure: … -->` and `<!-- /figure -->` by one number: `CASE` is its time (or its
+memory), `CASE / CASE` a ratio of two, `CASE share` its share of the limit, `CASE peak_bytes` that entry of its record, with
+a case as in `test_step[paper-1-ours_cpu-int8]`.
 """
 
 from __future__ import annotations
@@ -20,9 +24,10 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-RESULTS = ROOT / "bench/results"
+RESULTS, PLOTS = ROOT / "bench/results", ROOT / "docs/plots"
 DOCUMENTS = ("README.md", "docs/performance.md")
 BLOCK = re.compile(r"(<!-- bench: (.*?) -->\n).*?(<!-- /bench -->)", re.DOTALL)
+FIGURE = re.compile(r"(<!-- figure: ([^>]*?) -->).*?(<!-- /figure -->)", re.DOTALL)
 QUANTIZED = ("int8", "int4")
 SLOWER = 1.15  # two runs on one quiet machine agree within this
 
@@ -76,6 +81,10 @@ def seconds(x: float) -> str:
     return f"{digits(x / scale)} {unit}"
 
 
+def size(nbytes: float) -> str:
+    return f"{digits(nbytes / 1e9)} GB" if nbytes >= 1e9 else f"{digits(nbytes / 1e6)} MB"
+
+
 def digits(x: float) -> str:
     return f"{x:.0f}" if x >= 100 else f"{x:.1f}" if x >= 10 else f"{x:.2f}"
 
@@ -90,7 +99,7 @@ def cell(record: Record | None, base: float | None) -> str:
         parts.append(f"{digits(own / base)}×")
     if "share" in record:
         parts.append(f"{100 * record['share']:.0f} %")
-    amount = seconds(own) if "seconds" in record else f"{digits(own / 1e6)} MB"
+    amount = seconds(own) if "seconds" in record else size(own)
     return amount + (f" ({', '.join(parts)})" if parts else "")
 
 
@@ -102,6 +111,8 @@ def table(title: str, records: list[Record]) -> str:
     base = {c: baseline([r for r in records if r["column"] == c]) for c in columns}
     lines = [f"**{title}**", "", f"| | type | {' | '.join(columns)} |", f"|---|---|{'---:|' * len(columns)}"]
     for (contender, dtype), found in rows.items():
+        if all("skipped" in r for r in found.values()):
+            continue  # its reason stands below
         name = f"**{contender}**" if contender.startswith("dalle_fast") else contender
         lines.append(f"| {name} | {dtype} | {' | '.join(cell(found.get(c), base[c]) for c in columns)} |")
     reasons = {f"{r['contender']}: {r[how]}" for r in records for how in ("skipped", "failed") if how in r}
@@ -140,7 +151,27 @@ def filled(text: str, results: list[Data]) -> str:
             raise ValueError(f"got block {match[2]!r}, expected the start of one of {sorted(grouped(results[-1]))}")
         return f"{match[1]}{content}{match[3]}"
 
-    return BLOCK.sub(block, text)
+    return FIGURE.sub(lambda m: f"{m[1]}{figure(m[2], results)}{m[3]}", BLOCK.sub(block, text))
+
+
+def figure(expression: str, results: list[Data]) -> str:
+    """The number that an expression of a document stands for, from the newest results that have its cases. Raises
+    ValueError if none has."""
+    left, _, right = (part.strip() for part in expression.partition(" / "))
+    name, _, entry = left.partition(" ")
+    for data in reversed(results):
+        cases = {test.split("::")[-1]: record for test, record in data["cases"].items()}
+        one, other = cases.get(name, {}), cases.get(right, {})
+        if value(one) is None or (right and value(other) is None):
+            continue
+        if right:
+            return f"{digits(float(value(one) or 0) / float(value(other) or 1))}×"
+        if entry == "share":
+            return f"{100 * one['share']:.0f} %"
+        if entry:
+            return size(one[entry])
+        return seconds(one["seconds"]) if "seconds" in one else size(one["held_bytes"])
+    raise ValueError(f"got figure {expression!r}, but no results file has measured it")
 
 
 def worse(new: Data, old: Data) -> list[str]:
@@ -158,33 +189,51 @@ def worse(new: Data, old: Data) -> list[str]:
     return found
 
 
+def disagree(one: Data, two: Data) -> list[str]:
+    """Ratios to our own time that two runs measured more than SLOWER apart."""
+    first, second = ratios(one), ratios(two)
+    found = []
+    for name in first.keys() & second.keys():
+        if max(first[name], second[name]) > SLOWER * min(first[name], second[name]):
+            found.append(f"{name}: {first[name]:.2f} and {second[name]:.2f}")
+    return sorted(found)
+
+
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m bench.report", description="Tables and plots of benchmark results."
     )
     parser.add_argument("results", nargs="*", type=Path, help="JSON files (default: all in bench/results)")
-    parser.add_argument("--docs", action="store_true", help=f"rewrite {' and '.join(DOCUMENTS)} between their markers")
-    parser.add_argument("--plots", type=Path, metavar="DIR", help="write plots as PNG and SVG")
+    parser.add_argument("--docs", action="store_true", help=f"rewrite {' and '.join(DOCUMENTS)} where marked")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="write report.md and the plots")
     parser.add_argument(
         "--against", type=Path, metavar="OLD", help="compare with an earlier run; exit status 1 if worse"
     )
+    parser.add_argument("--repeated", type=Path, metavar="TWO", help="compare the ratios of two runs of one version")
     args = parser.parse_args(arguments)
     results = load(args.results)
     if not results:
         parser.error("no results; `pytest bench --all --results bench/results` makes some")
-    if args.against:
-        found = [line for data in results for line in worse(data, load([args.against])[0])]
-        sys.stdout.write("".join(f"{line}\n" for line in found) or "nothing is slower or wrong\n")
-        return int(bool(found))
+    for old, compare, nothing in (
+        (args.against, worse, "nothing is slower or wrong"),
+        (args.repeated, disagree, "all ratios agree"),
+    ):
+        if old:
+            found = [line for data in results for line in compare(data, load([old])[0])]
+            sys.stdout.write("".join(f"{line}\n" for line in found) or f"{nothing}\n")
+            return int(bool(found))
     if args.docs:
         for path in (ROOT / name for name in DOCUMENTS):
             if path.exists():
                 path.write_text(filled(path.read_text(), results))
-    if args.plots:
+    if args.docs or args.out:
         from bench.plots import draw
 
-        draw(results[-1], args.plots)
-    if not (args.docs or args.plots):
+        written = draw(results[-1], PLOTS if args.docs else args.out)
+    if args.out:
+        pictures = "\n".join(f"![{path.stem}]({path.name})" for path in written if path.suffix == ".png")
+        (args.out / "report.md").write_text(f"# Benchmark results\n\n{tables(results)}\n{pictures}\n")
+    if not (args.docs or args.out):
         sys.stdout.write(tables(results))
     return 0
 

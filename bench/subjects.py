@@ -64,7 +64,7 @@ class Subject:
             for name, p in model.named_parameters():
                 if dtype in ("int8", "int4") and p.ndim == 2 and name.endswith(MATRICES):
                     kind = "int8" if name.startswith("head") else dtype  # as our engine does
-                    p.copy_(quantize(p, kind).dequantize())
+                    p.data = quantize(p, kind).dequantize()  # in place it would change the subject itself
             with torch.inference_mode():
                 logits = model(self.text.expand(2, -1).to(DEVICE), self.tokens.to(DEVICE))[1].double()
             errors = [float((logits[:, c + 1] - x).norm() / x.norm()) for c, x in self.expected.items()]

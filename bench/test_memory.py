@@ -19,7 +19,7 @@ MODELS = {"openai-12b": "12B", "rudalle-malevich": "1.3B", "demo": "bundled"}
 def test_memory(preset: str, dense: bool, measure: Measure) -> None:
     config = ModelConfig.preset(preset)
     contender = "dense cache, text included" if dense else "dalle_fast, tails beside a shared prefix"
-    measure.describe("Memory of a candidate", MODELS[preset], contender, "bfloat16")
+    measure.describe("Memory of a candidate", MODELS[preset], contender, "bfloat16", preset=preset)
     cache = Cache(config, 1, 1, dtype=torch.bfloat16, device="meta")
     ours, whole = work.tail_bytes(config)
     assert ours == cache.tail_nbytes(), f"got {cache.tail_nbytes()} bytes, expected {ours}"
