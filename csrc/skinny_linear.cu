@@ -146,19 +146,14 @@ struct Kernel {
     const int rows = p.call.linear.rows;
 #pragma unroll
     for (int u = 0; u < F::kUnits; ++u) {
-      uint4 b[kTiles];
+      uint32_t a[2][4];
+      fragment<T, kW>(w, u, 0, a[0]);
+      fragment<T, kW>(w, u, 1, a[1]);
 #pragma unroll
-      for (int i = 0; i < kTiles; ++i)  // rows that do not exist are the last one again; nobody reads their sums
-        b[i] = xs[x + (u * rows + min(i * 8 + group, rows - 1)) * 4];
-#pragma unroll
-      for (int j = 0; j < 2; ++j) {
-        uint32_t a[4];
-        fragment<T, kW>(w, u, j, a);
-#pragma unroll
-        for (int i = 0; i < kTiles; ++i) {
-          const uint32_t pair[2] = {j ? b[i].z : b[i].x, j ? b[i].w : b[i].y};
-          mma_m16n8k16<T>(j ? odd[i] : even[i], a, pair);
-        }
+      for (int i = 0; i < kTiles; ++i) {  // rows that do not exist are the last one again; nobody reads their sums
+        const uint4 b = xs[x + (u * rows + min(i * 8 + group, rows - 1)) * 4];
+        mma_m16n8k16<T>(even[i], a[0], {b.x, b.y});
+        mma_m16n8k16<T>(odd[i], a[1], {b.z, b.w});
       }
     }
   }
