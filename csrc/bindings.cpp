@@ -8,11 +8,115 @@
 #include <utility>
 #include <vector>
 
-#include "cpu/engine.h"
-#include "cpu/ops.h"
 #include "params.h"
 
+#ifndef DALLE_FAST_HAS_CPU  // tests build the CUDA part alone
+#define DALLE_FAST_HAS_CPU 1
+#endif
+#if DALLE_FAST_HAS_CPU
+#include "cpu/engine.h"
+#include "cpu/ops.h"
+#endif
+
 namespace py = pybind11;
+using dalle_fast::DType;
+using dalle_fast::Epilogue;
+
+template <class T>
+static T* at(uintptr_t address) {
+  return reinterpret_cast<T*>(address);
+}
+
+static void expect(const char* what, size_t got, size_t expected) {
+  if (got != expected)
+    throw std::invalid_argument("got " + std::to_string(got) + " " + what + ", expected " + std::to_string(expected));
+}
+
+#if DALLE_FAST_HAS_CUDA
+// The CUDA kernels. Python checks shapes and types; addresses are of tensors on the device, streams are integers.
+
+static DType float_type(const std::string& name) {
+  if (name == "bfloat16") return DType::bfloat16;
+  if (name == "float16") return DType::float16;
+  if (name == "float32") return DType::float32;
+  throw std::invalid_argument("got type " + name + ", expected bfloat16, float16 or float32");
+}
+
+static void cuda_decode_attention(const std::vector<uintptr_t>& t, const std::vector<int32_t>& n, float scale,
+                                  const std::string& dtype, bool dependent_launch, uintptr_t stream) {
+  expect("tensors", t.size(), 14);
+  expect("sizes", n.size(), 11);
+  dalle_fast::CudaDecodeParams c{};
+  c.call = {at<const void>(t[0]), at<const void>(t[1]), at<const void>(t[2]), at<const void>(t[3]), at<const void>(t[4]),
+            at<void>(t[5]), at<void>(t[6]), at<void>(t[7]), at<const int64_t>(t[8]), at<const int32_t>(t[9]),
+            at<const int32_t>(t[10]), at<const int32_t>(t[11]), n[0], n[1], n[2], n[3], n[4], n[5], n[6], n[7], n[8], scale,
+            float_type(dtype)};
+  c.partial = at<float>(t[12]), c.arrived = at<int32_t>(t[13]), c.rows = n[9], c.splits = n[10];
+  c.dependent_launch = dependent_launch;
+  dalle_fast::launch_decode_attention(c, at<void>(stream));
+}
+
+static void cuda_sample(const std::vector<uintptr_t>& t, const std::vector<int32_t>& n, float temperature, double top_p,
+                        uint64_t seed, const std::string& dtype, bool dependent_launch, uintptr_t stream) {
+  expect("tensors", t.size(), 4);
+  expect("sizes", n.size(), 3);
+  dalle_fast::CudaSampleParams c{};
+  c.call = {at<const void>(t[0]), at<const int64_t>(t[1]), at<const int64_t>(t[2]), at<int64_t>(t[3]), n[0], n[1], n[2],
+            temperature, static_cast<float>(top_p), seed, float_type(dtype)};
+  c.top_p = top_p, c.dependent_launch = dependent_launch;
+  dalle_fast::launch_sample(c, at<void>(stream));
+}
+
+static Epilogue epilogue_named(const std::string& name) {
+  return name == "geglu" ? Epilogue::geglu
+         : name == "gelu" ? Epilogue::gelu_erf
+         : name == "gelu_tanh" ? Epilogue::gelu_tanh
+                               : Epilogue::none;
+}
+
+static dalle_fast::CudaLinearParams cuda_linear(const std::vector<int32_t>& n, const std::string& epilogue,
+                                                const std::string& dtype, const std::string& weight_dtype) {
+  expect("sizes", n.size(), 6);
+  dalle_fast::CudaLinearParams c{};
+  c.linear.rows = n[0], c.linear.inputs = n[1], c.linear.outputs = n[2], c.parts = n[3];
+  c.multiprocessors = n[4], c.shared_limit = n[5];
+  c.linear.epilogue = epilogue_named(epilogue), c.linear.dtype = float_type(dtype);
+  c.weight_dtype = weight_dtype == "int8" ? DType::int8 : weight_dtype == "int4" ? DType::int4 : c.linear.dtype;
+  return c;
+}
+
+// Bytes; `normed` says whether there will be a LayerNorm.
+static size_t cuda_skinny_linear_workspace(const std::vector<int32_t>& n, bool normed, const std::string& epilogue,
+                                           const std::string& dtype, const std::string& weight_dtype) {
+  static const float some = 1;
+  dalle_fast::CudaLinearParams c = cuda_linear(n, epilogue, dtype, weight_dtype);
+  c.linear.norm_weight = normed ? &some : nullptr;
+  return dalle_fast::skinny_linear_workspace(c);
+}
+
+static void cuda_skinny_linear(const std::vector<uintptr_t>& t, const std::vector<int32_t>& n, float norm_eps,
+                               const std::string& epilogue, const std::string& dtype, const std::string& weight_dtype,
+                               bool dependent_launch, uintptr_t stream) {
+  expect("tensors", t.size(), 10);
+  dalle_fast::CudaLinearParams c = cuda_linear(n, epilogue, dtype, weight_dtype);
+  c.linear.x = at<const void>(t[0]), c.linear.weight = at<const void>(t[1]), c.linear.bias = at<const float>(t[2]);
+  c.linear.residual = at<const void>(t[3]), c.linear.norm_weight = at<const float>(t[4]);
+  c.linear.norm_bias = at<const float>(t[5]), c.linear.y = at<void>(t[6]), c.linear.norm_eps = norm_eps;
+  c.scale = at<const float>(t[7]), c.counters = at<int32_t>(t[8]), c.workspace = at<void>(t[9]);
+  c.dependent_launch = dependent_launch;
+  dalle_fast::launch_skinny_linear(c, at<void>(stream));
+}
+
+static void register_cuda(py::module_ m) {
+  using release = py::call_guard<py::gil_scoped_release>;
+  m.def("skinny_linear", &cuda_skinny_linear, release());
+  m.def("skinny_linear_workspace", &cuda_skinny_linear_workspace);
+  m.def("decode_attention", &cuda_decode_attention, release());
+  m.def("sample", &cuda_sample, release());
+}
+#endif
+
+#if DALLE_FAST_HAS_CPU
 
 // Instruction sets of this CPU among those that the kernels have paths for.
 static std::vector<std::string> cpu_features() {
@@ -29,13 +133,6 @@ static std::vector<std::string> cpu_features() {
 
 // The CPU kernels. Python checks shapes and types, and keeps every tensor alive during the call.
 namespace cpu = dalle_fast::cpu;
-using dalle_fast::DType;
-using dalle_fast::Epilogue;
-
-template <class T>
-static T* at(uintptr_t address) {
-  return reinterpret_cast<T*>(address);
-}
 
 static std::vector<float> floats(uintptr_t address, size_t count) {
   return address ? std::vector<float>(at<const float>(address), at<const float>(address) + count)
@@ -105,7 +202,7 @@ static void decode_attention(uintptr_t q, uintptr_t k, uintptr_t v, uintptr_t pr
                              uintptr_t tail_k, uintptr_t tail_v, uintptr_t out, int64_t position,
                              uintptr_t slot_of_cell, uintptr_t neighbour_slots, uintptr_t neighbour_count,
                              const std::vector<int32_t>& sizes, float scale, DType dtype, int threads) {
-  if (sizes.size() != 9) throw std::invalid_argument("got " + std::to_string(sizes.size()) + " sizes, expected 9");
+  expect("sizes", sizes.size(), 9);
   const dalle_fast::DecodeAttentionParams p{at<const void>(q),
                                             at<const void>(k),
                                             at<const void>(v),
@@ -204,10 +301,17 @@ static void register_cpu(py::module_ m) {
   m.def("skinny_linear", &skinny_linear, release());
 }
 
+#endif
+
 PYBIND11_MODULE(_C, m) {
   m.doc() = "C++ and CUDA kernels of dalle_fast; reached through dalle_fast.ops.";
   m.attr("__version__") = DALLE_FAST_VERSION;
   m.attr("has_cuda") = static_cast<bool>(DALLE_FAST_HAS_CUDA);
+#if DALLE_FAST_HAS_CPU
   m.def("cpu_features", &cpu_features, "Instruction sets of this CPU that the kernels have paths for.");
   register_cpu(m.def_submodule("cpu", "The CPU kernels; reached through dalle_fast.ops and dalle_fast.cpu_engine."));
+#endif
+#if DALLE_FAST_HAS_CUDA
+  register_cuda(m.def_submodule("cuda", "The CUDA kernels; reached through dalle_fast.ops."));
+#endif
 }

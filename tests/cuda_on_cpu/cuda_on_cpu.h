@@ -307,10 +307,10 @@ inline void on_fault(int, siginfo_t* info, void*) {
 }
 inline void check_canaries() {
   for (const auto& [payload, held] : state.allocations) {
-    const unsigned char* end = payload + (held.second + 15) / 16 * 16;
-    auto damaged = [](unsigned char c) { return c != kCanary; };
-    if (std::any_of(held.first + kPage, payload, damaged) || std::any_of(payload + held.second, const_cast<unsigned char*>(end), damaged))
-      state.failed = true, state.message = "out-of-bounds write near " + std::to_string(held.second) + " bytes of global memory";
+    const auto damaged = [](unsigned char c) { return c != kCanary; };
+    if (std::any_of(held.first + kPage, payload, damaged) ||
+        std::any_of(payload + held.second, payload + (held.second + 15) / 16 * 16, damaged))
+      state.failed = true, state.message = "out-of-bounds write beside global memory of " + std::to_string(held.second);
   }
 }
 inline cudaError_t launch(const cudaLaunchConfig_t& c, void* kernel, void (*call)(void*), void* body) {
@@ -319,11 +319,13 @@ inline cudaError_t launch(const cudaLaunchConfig_t& c, void* kernel, void (*call
   state.message = threads % kWarp || threads > 1024 || !threads ? "a block must have full warps, at most 32"
                   : !c.gridDim.x || !c.gridDim.y || !c.gridDim.z ? "an empty grid"
                   : c.gridDim.y > 65535 || c.gridDim.z > 65535   ? "a grid of more than 65535 blocks in y or z"
-                  : c.dynamicSmemBytes > std::max(kSharedDefault, state.shared_allowed[kernel]) ? "more shared memory than allowed"
-                                                                                                : "";
+                                                                 : "";
+  if (c.dynamicSmemBytes > std::max(kSharedDefault, state.shared_allowed[kernel]))
+    state.message = "more shared memory than cudaFuncSetAttribute allowed";
   if (!state.message.empty()) return cudaErrorInvalidValue;
-  constexpr int kind = MAP_PRIVATE | MAP_ANONYMOUS;
-  if (!state.stacks) state.stacks = static_cast<unsigned char*>(mmap(nullptr, 1025 * kStack, PROT_READ | PROT_WRITE, kind, -1, 0));
+  if (!state.stacks)
+    state.stacks = static_cast<unsigned char*>(
+        mmap(nullptr, 1025 * kStack, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0));
   state.fibres.resize(threads), state.warps.resize(threads / kWarp), state.dynamic = c.dynamicSmemBytes;
   state.call = call, state.body = body, gridDim = c.gridDim, blockDim = c.blockDim;
   stack_t handler_stack{}, old_stack;
