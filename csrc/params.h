@@ -72,6 +72,7 @@ struct CudaLinearParams {
   DType weight_dtype;
   int32_t multiprocessors;  // thread blocks to share the work
   int32_t shared_limit;     // bytes of shared memory that a block may have
+  int32_t parts;            // of which y consists, one after the other: [parts, rows, outputs / parts]
   bool dependent_launch;    // start before the previous kernel has ended: sm_90
 };
 size_t skinny_linear_workspace(const CudaLinearParams& call);

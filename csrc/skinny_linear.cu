@@ -204,6 +204,9 @@ struct Kernel {
     const int packed = tile * kBlock + warp * kTile + group;  // and + 8
     const bool gated = l.epilogue == Epilogue::geglu;
     const int output = gated ? tile * (kBlock / 2) + warp * 8 + group : packed;
+    const int part = l.outputs / p.call.parts;
+    const int64_t place[2] = {static_cast<int64_t>(output / part) * l.rows * part + output % part,
+                              static_cast<int64_t>((output + 8) / part) * l.rows * part + (output + 8) % part};
     float scale[2] = {1, 1}, bias[2] = {0, 0};
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
@@ -222,15 +225,13 @@ struct Kernel {
           const bool tanh = l.epilogue == Epilogue::gelu_tanh;
           y[0] = tanh ? gelu_tanh(y[0]) : gelu_erf(y[0]), y[1] = tanh ? gelu_tanh(y[1]) : gelu_erf(y[1]);
         }
-        write(row, output, y[0]);
-        if (!gated) write(row, output + 8, y[1]);
+        if (row < l.rows && output < l.outputs) write(place[0] + static_cast<int64_t>(row) * part, y[0]);
+        if (row < l.rows && output + 8 < l.outputs && !gated) write(place[1] + static_cast<int64_t>(row) * part, y[1]);
       }
   }
 
-  __device__ void write(int row, int output, float y) {
+  __device__ void write(int64_t at, float y) {
     const SkinnyLinearParams& l = p.call.linear;
-    if (row >= l.rows || output >= l.outputs) return;
-    const int64_t at = static_cast<int64_t>(row) * l.outputs + output;
     if (l.residual) y += to_float(load_from_l2(static_cast<const T*>(l.residual) + at));
     store(static_cast<T*>(l.y) + at, from_float<T>(y));
   }

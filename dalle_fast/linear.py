@@ -21,7 +21,7 @@ MAX_ROWS = 64  # above, cuBLAS is as fast
 torch.library.define(
     "dalle_fast::skinny_linear",
     "(Tensor x, Tensor weight, Tensor? scale, Tensor? bias, Tensor counters, Tensor? residual, Tensor? norm_weight,"
-    " Tensor? norm_bias, str kind, int outputs, float norm_eps, str epilogue) -> Tensor",
+    " Tensor? norm_bias, str kind, int outputs, float norm_eps, str epilogue, int parts) -> Tensor",
 )
 
 
@@ -33,15 +33,22 @@ def skinny_linear(
     norm_eps: float = 1e-5,
     epilogue: str = "none",
     residual: Tensor | None = None,
+    parts: int | None = None,
 ) -> Tensor:
     """epilogue(layer_norm(x) Wᵀ + bias) + residual for a few rows; sums in float32.
 
     x [B, K] with 1 <= B <= 64; norm: (weight [K], bias [K]) of the LayerNorm, or None for none; epilogue "none",
     "gelu_tanh", "gelu", or "geglu" for a weight packed so, and only then; residual [B, O] of x's type.
-    Returns [B, O] of x's type. Raises ValueError with the shapes, types or devices it got and expected.
+    Returns [B, O] of x's type; with `parts`, [parts, B, O / parts]: say queries, keys and values, one after the other.
+    Raises ValueError with the shapes, types or devices it got and expected.
     """
-    if isinstance(weight, PackedLinear):
+    if isinstance(weight, PackedLinear) and parts is None:
         return cpu_backend.skinny_linear(x, weight, norm=norm, norm_eps=norm_eps, epilogue=epilogue, residual=residual)
+    split = parts is not None and (parts < 1 or weight.outputs % parts or residual is not None)
+    if isinstance(weight, PackedLinear) or split:
+        raise ValueError(
+            f"got parts={parts} for {weight.outputs} outputs, expected a divisor, no residual and weights by packing.pack"
+        )
     if epilogue not in EPILOGUES or weight.geglu != (epilogue == "geglu"):
         raise ValueError(
             f"got epilogue {epilogue!r} for a weight {'with' if weight.geglu else 'without'} gates, expected one of "
@@ -68,9 +75,9 @@ def skinny_linear(
         )
     out: Tensor = torch.ops.dalle_fast.skinny_linear(
         x, weight.data, weight.scale, weight.bias, weight.counters, residual, norm_weight, norm_bias, weight.kind,
-        weight.outputs, norm_eps, epilogue,
+        weight.outputs, norm_eps, epilogue, parts or 1,
     )  # fmt: skip
-    return out
+    return out if parts else out[0]
 
 
 def why_not(weight: PackedWeight, x_dtype: torch.dtype, backend: str) -> str | None:
@@ -81,19 +88,19 @@ def why_not(weight: PackedWeight, x_dtype: torch.dtype, backend: str) -> str | N
 @torch.library.impl("dalle_fast::skinny_linear", "default")
 def _linear(
     x: Tensor, data: Tensor, scale: Tensor | None, bias: Tensor | None, counters: Tensor, residual: Tensor | None,
-    norm_weight: Tensor | None, norm_bias: Tensor | None, kind: str, outputs: int, norm_eps: float, epilogue: str,
+    norm_weight: Tensor | None, norm_bias: Tensor | None, kind: str, outputs: int, norm_eps: float, epilogue: str, parts: int,
 ) -> Tensor:  # fmt: skip
     if kind not in KINDS or data.ndim != 4 or data.shape[2:] != (BLOCK // TILE, record_bytes(kind)):
         raise ValueError(f"got a weight {list(data.shape)} packed as {kind!r}, expected packing.pack's")
     module: Any = backends.choose(Call("skinny_linear", x.device.type, x.dtype, 0))
     weight = PackedWeight(data, scale, bias, counters, kind, x.shape[1], outputs, epilogue == "geglu")
-    y: Tensor = module.skinny_linear(x, weight, residual, norm_weight, norm_bias, norm_eps, epilogue)
+    y: Tensor = module.skinny_linear(x, weight, residual, norm_weight, norm_bias, norm_eps, epilogue, parts)
     return y.contiguous()
 
 
 @torch.library.register_fake("dalle_fast::skinny_linear")  # type: ignore[untyped-decorator]
 def _linear_fake(
     x: Tensor, data: Tensor, scale: Tensor | None, bias: Tensor | None, counters: Tensor, residual: Tensor | None,
-    norm_weight: Tensor | None, norm_bias: Tensor | None, kind: str, outputs: int, norm_eps: float, epilogue: str,
+    norm_weight: Tensor | None, norm_bias: Tensor | None, kind: str, outputs: int, norm_eps: float, epilogue: str, parts: int,
 ) -> Tensor:  # fmt: skip
-    return x.new_empty(x.shape[0], outputs)
+    return x.new_empty(parts, x.shape[0], outputs // parts)

@@ -132,21 +132,25 @@ class PackedLinear:
     ) -> None:
         self.weight, self.norm, self.norm_eps, self.epilogue = weight, norm, norm_eps, epilogue
 
-    def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+    def __call__(self, x: Tensor, residual: Tensor | None = None, parts: int | None = None) -> Tensor:
+        """[..., K] -> [..., O]; with parts [rows, K] -> [parts, rows, O / parts]."""
         rows = x.reshape(-1, x.shape[-1])
         added = None if residual is None else residual.reshape(len(rows), -1)
         if len(rows) > MAX_SKINNY_ROWS:
             weight, bias = self.norm or (None, None)
-            y = torch_backend.skinny_linear(rows, self.weight, added, weight, bias, self.norm_eps, self.epilogue)
-            return y.view(*x.shape[:-1], -1)
-        parts = [
-            skinny_linear(
-                part, self.weight, norm=self.norm, norm_eps=self.norm_eps, epilogue=self.epilogue,
-                residual=None if added is None else added[i * MAX_ROWS : i * MAX_ROWS + len(part)],
+            y = torch_backend.skinny_linear(
+                rows, self.weight, added, weight, bias, self.norm_eps, self.epilogue, parts or 1
             )
-            for i, part in enumerate(torch.split(rows, MAX_ROWS))
+            return y if parts else y[0].view(*x.shape[:-1], -1)
+        pieces = [
+            skinny_linear(
+                piece, self.weight, norm=self.norm, norm_eps=self.norm_eps, epilogue=self.epilogue, parts=parts,
+                residual=None if added is None else added[i * MAX_ROWS : i * MAX_ROWS + len(piece)],
+            )
+            for i, piece in enumerate(torch.split(rows, MAX_ROWS))
         ]  # fmt: skip
-        return (parts[0] if len(parts) == 1 else torch.cat(parts)).view(*x.shape[:-1], -1)
+        y = pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=1 if parts else 0)
+        return y if parts else y.view(*x.shape[:-1], -1)
 
 
 class PackedLayer:
@@ -187,7 +191,8 @@ class PackedLayer:
         config, (batch, n, _) = self.config, x.shape
         if config.token_shift:
             x = run.shift(2 * self.block.index, self.block.attention_norm(x))
-        q, k, v = self.qkv(x).view(batch, n, 3, config.heads, config.head_dim).permute(2, 0, 3, 1, 4).unbind(0)
+        # Three blocks, so that of a single cell queries, keys and values are contiguous, as attention wants them.
+        q, k, v = self.qkv(x, parts=3).view(3, batch, n, config.heads, config.head_dim).transpose(2, 3).unbind(0)
         if run.rotary is not None:
             q, k, v = (rotate(y, run.rotary) for y in (q, k, v))
         h = run.attend(self.block.index, q, k, v).transpose(1, 2).reshape(batch, n, -1)

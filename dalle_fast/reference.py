@@ -77,8 +77,9 @@ def skinny_linear(
     norm_bias: Tensor | None,
     norm_eps: float,
     epilogue: str,
+    parts: int,
 ) -> Tensor:
-    """epilogue(layer_norm(x) Wᵀ · scale + bias) + residual, W as it is packed; x [B, K] -> [B, O]. linear.py says more."""
+    """epilogue(layer_norm(x) Wᵀ + bias) + residual, W as packed; x [B, K] -> [parts, B, O / parts]. See linear.py."""
     if norm_weight is not None:
         x = (x - x.mean(1, keepdim=True)) / (x.var(1, keepdim=True, correction=0) + norm_eps).sqrt()
         x = x * norm_weight.to(x.dtype) + (0 if norm_bias is None else norm_bias.to(x.dtype))
@@ -91,7 +92,8 @@ def skinny_linear(
         y = y * (1 + torch.tanh(math.sqrt(2 / math.pi) * (y + 0.044715 * y**3))) / 2
     elif epilogue == "gelu":
         y = gelu(y)
-    return y if residual is None else residual + y
+    y = y if residual is None else residual + y
+    return y.view(len(y), parts, -1).transpose(0, 1)
 
 
 def gelu(x: Tensor) -> Tensor:

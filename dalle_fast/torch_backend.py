@@ -277,6 +277,7 @@ def skinny_linear(
     norm_bias: Tensor | None,
     norm_eps: float,
     epilogue: str,
+    parts: int,
 ) -> Tensor:
     """By the whole weight, in x's type: as slow as unpacking is, and exact about what is packed."""
     if norm_weight is not None:
@@ -289,7 +290,8 @@ def skinny_linear(
         y = value * F.gelu(gate)
     elif epilogue != "none":
         y = F.gelu(y, approximate="tanh" if epilogue == "gelu_tanh" else "none")
-    return y if residual is None else residual + y
+    y = y if residual is None else residual + y
+    return y.view(len(y), parts, -1).transpose(0, 1)
 
 
 # Sampling.

@@ -142,7 +142,7 @@ def test_opcheck(kind):
     torch.library.opcheck(
         torch.ops.dalle_fast.skinny_linear.default,
         (x, packed.data, packed.scale, packed.bias, packed.counters, arguments["residual"], weight, bias, kind, 40, 1e-5,
-         "gelu"),
+         "gelu", 1),
     )  # fmt: skip
 
 
@@ -155,9 +155,19 @@ def test_one_door_for_both_packings():
     assert "PackedLinear" in (backends.why_not("cpu", backends.Call("skinny_linear", "cpu", torch.float32, 0)) or "")
 
 
+def test_parts_are_columns_one_after_the_other():
+    x, packed, arguments = problem(5, 84, 70, "int8", norm=True)
+    whole = skinny_linear(x, packed, **arguments)
+    parts = skinny_linear(x, packed, parts=3, **arguments)
+    assert torch.equal(parts, whole.view(5, 3, 28).transpose(0, 1)) and parts.is_contiguous()
+
+
 def test_refused_arguments():
     packed = pack(torch.randn(4, 6), kind="int8")
     x = torch.randn(2, 6)
+    for parts in (0, 3):
+        with pytest.raises(ValueError, match=f"got parts={parts} for 4 outputs, expected a divisor"):
+            skinny_linear(x, packed, parts=parts)
     for bad, words in (
         (torch.randn(2, 5), r"got x \[2, 5\] torch.float32, expected \[1 to 64, 6\]"),
         (torch.randn(65, 6), r"got x \[65, 6\]"),
@@ -179,7 +189,7 @@ def test_refused_arguments():
         skinny_linear(x.requires_grad_(), packed)
     with pytest.raises(ValueError, match=r"got a weight \[3\] packed as 'int8'"):
         torch.ops.dalle_fast.skinny_linear(
-            x.detach(), torch.empty(3), None, None, torch.empty(3), None, None, None, "int8", 4, 1e-5, "none"
+            x.detach(), torch.empty(3), None, None, torch.empty(3), None, None, None, "int8", 4, 1e-5, "none", 1
         )
 
 
