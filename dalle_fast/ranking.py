@@ -6,6 +6,7 @@ model's scenes. The paper draws 512 candidates and keeps the 32 that CLIP likes 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -32,11 +33,30 @@ class ClipRanker:
         from transformers.utils import logging
 
         logging.disable_progress_bar()
+        before = logging.get_verbosity()
+        logging.set_verbosity_error()  # what is missing is said below, in one line
+        local = Path(folder).exists()
+        if not local and not re.fullmatch(r"[\w.-]+/[\w.-]+", str(folder)):
+            raise WeightError(
+                f"cannot load a CLIP model from {folder}: no such folder, and no hub name such as owner/name"
+            )
+        if local and not (Path(folder) / "config.json").is_file():
+            raise WeightError(f"cannot load a CLIP model from {folder}: it holds no config.json")
         try:
-            model: Any = CLIPModel.from_pretrained(str(folder))
-            self.tokenizer: Any = PreTrainedTokenizerFast.from_pretrained(str(folder))
-        except (OSError, ValueError) as error:
-            raise WeightError(f"cannot load a CLIP model from {folder}: {str(error).splitlines()[0]}") from None
+            model, report = CLIPModel.from_pretrained(
+                str(folder), local_files_only=local, output_loading_info=True, ignore_mismatched_sizes=True
+            )
+            self.tokenizer: Any = PreTrainedTokenizerFast.from_pretrained(str(folder), local_files_only=local)
+        except Exception as error:  # transformers and its readers raise a dozen kinds
+            reason = " ".join(str(error).split())[:200] or type(error).__name__
+            raise WeightError(f"cannot load a CLIP model from {folder}: {reason}") from None
+        finally:
+            logging.set_verbosity(before)
+        absent = sorted({*report["missing_keys"], *(key[0] for key in report["mismatched_keys"])})
+        if absent:
+            raise WeightError(
+                f"{folder} does not fit a CLIP model: {', '.join(absent[:4])} missing or of another shape"
+            )
         self.model: Any = model.float().eval().to(device)  # transformers 5 keeps the file's type
         self.device = device
         self.size: int = self.model.config.vision_config.image_size
