@@ -1,0 +1,134 @@
+"""csrc/skinny_linear.cu, executed: on the CPU through tests/cuda_on_cpu, and on a GPU where there is one."""
+
+import pytest
+import torch
+from cuda_emulation import Machine, available, machines
+from helpers import assert_close
+
+from dalle_fast import backends, cuda_backend
+from dalle_fast.cpu_backend import EPILOGUES
+from dalle_fast.linear import skinny_linear
+from dalle_fast.packing import KINDS, PackedWeight, pack
+
+pytestmark = available
+ROWS = (1, 2, 7, 8, 9, 16, 33, 64)
+
+
+@pytest.fixture
+def machine(request):
+    return Machine(request.param)
+
+
+@pytest.fixture
+def multiprocessors(monkeypatch):
+    """Sets among how many thread blocks work is shared out, and how much shared memory each may have."""
+
+    def set_to(count, shared_limit=227 << 10):
+        describe = cuda_backend.describe
+        monkeypatch.setattr(
+            cuda_backend, "describe", lambda d: describe(d)._replace(multiprocessors=count, shared_limit=shared_limit)
+        )
+
+    return set_to
+
+
+def check(machine, rows, outputs, inputs, kind, epilogue="none", norm=False, residual=False, parts=1, scaled=False):
+    dtype = torch.float16 if kind == "float16" else torch.bfloat16
+    gates = 2 if epilogue == "geglu" else 1
+    packed = pack(
+        torch.randn(outputs * gates, inputs) / inputs**0.5, torch.randn(outputs * gates), kind=kind, geglu=gates == 2,
+        output_scale=torch.rand(outputs * gates) + 0.5 if scaled else None,
+    )  # fmt: skip
+    x = (torch.randn(rows, inputs) * 2 + 1).to(dtype)
+    added = torch.randn(rows, outputs).to(dtype) if residual else None
+    vectors = (torch.rand(inputs) + 0.5, torch.randn(inputs)) if norm else (None, None)
+
+    def call(x, data, scale, bias, counters, *others):
+        weight = PackedWeight(data, scale, bias, counters, kind, inputs, outputs, gates == 2)
+        return cuda_backend.skinny_linear(x, weight, *others)
+
+    counters = packed.counters.clone()
+    got = machine(call, x, packed.data, packed.scale, packed.bias, counters, added, *vectors, 1e-5, epilogue, parts)
+    assert not counters.any()
+    options = {"norm": vectors if norm else None, "epilogue": epilogue, "residual": added}
+    with backends.use("torch"):
+        plain = skinny_linear(x, packed, **options)
+    with backends.use("reference"):
+        oracle = skinny_linear(x.double(), packed, **options | {"residual": None if added is None else added.double()})
+    assert_close(got.transpose(0, 1).reshape(rows, outputs), plain, oracle)
+    return got
+
+
+@machines
+@pytest.mark.parametrize("rows", ROWS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_rows_and_kinds(machine, kind, rows):
+    """Sizes that end inside every tile, group and part."""
+    check(machine, rows, 140, 296, kind, "gelu_tanh", norm=True, residual=True)
+
+
+@machines
+@pytest.mark.parametrize("epilogue", EPILOGUES)
+@pytest.mark.parametrize("kind", KINDS)
+def test_epilogues(machine, kind, epilogue):
+    for norm, residual, scaled in ((False, False, True), (True, False, False), (False, True, False)):
+        check(machine, 3, 72, 96, kind, epilogue, norm, residual, scaled=scaled)
+    check(machine, 11, 72, 96, kind, epilogue, norm=True, residual=True, scaled=True)
+
+
+@machines
+@pytest.mark.parametrize("rows", [1, 5, 12])
+@pytest.mark.parametrize(("outputs", "inputs"), [(1, 1), (3, 7), (129, 33), (40, 261), (128, 128), (17, 1)])
+@pytest.mark.parametrize("kind", ["bfloat16", "int4"])
+def test_odd_sizes(machine, kind, outputs, inputs, rows):
+    for norm in (False, True):
+        check(machine, rows, outputs, inputs, kind, norm=norm and inputs > 1, residual=True)
+
+
+@machines
+@pytest.mark.parametrize("count", [1, 2, 3, 7, 13, 64, 1000])
+@pytest.mark.parametrize("kind", ["bfloat16", "int8", "int4"])
+def test_sums_shared_by_blocks(machine, multiprocessors, kind, count):
+    """One block with all tiles, shares that end anywhere in a sum, a block for each stage."""
+    multiprocessors(count)
+    got = [check(machine, rows, 300, 900, kind, norm=True, residual=True) for rows in (2, 10)]
+    torch.manual_seed(0)
+    assert all(
+        torch.equal(a, check(machine, rows, 300, 900, kind, norm=True, residual=True))
+        for a, rows in zip(got[:1], (2,), strict=True)
+    )
+
+
+@machines
+@pytest.mark.parametrize("kind", KINDS)
+def test_few_rows_that_do_not_fit_in_shared_memory(machine, multiprocessors, kind):
+    multiprocessors(3, 99 << 10)
+    for norm, inputs in ((False, 5000), (True, 5000), (False, 5003)):
+        check(machine, 8, 20, inputs, kind, norm=norm)
+
+
+@machines
+def test_parts(machine):
+    for rows in (1, 6, 20):
+        assert check(machine, rows, 3 * 44, 64, "int8", norm=True, parts=3).shape == (3, rows, 44)
+
+
+@machines
+def test_a_nan_stays_in_its_row(machine):
+    x = torch.randn(9, 64).bfloat16()
+    x[3, 5] = float("nan")
+    packed = pack(torch.randn(50, 64), kind="int8")
+
+    def call(x, data, scale, counters):
+        weight = PackedWeight(data, scale, None, counters, "int8", 64, 50, False)
+        return cuda_backend.skinny_linear(x, weight, None, torch.ones(64), torch.zeros(64), 1e-5, "none", 1)
+
+    for rows in (x[:8], x):
+        y = machine(call, rows, packed.data, packed.scale, packed.counters)[0]
+        assert y[3].isnan().all() and y[torch.arange(len(rows)) != 3].isfinite().all()
+
+
+def test_16_bit_weights_want_rows_of_their_type():
+    packed = pack(torch.randn(4, 6), kind="float16")
+    with pytest.raises(ValueError, match=r"got x torch.bfloat16 for a weight of float16"):
+        cuda_backend.skinny_linear(torch.randn(2, 6).bfloat16(), packed, None, None, None, 1e-5, "none", 1)
