@@ -24,8 +24,32 @@ def write_tiny_model(folder: Path) -> Path:
     for parameter in model.parameters():  # large enough that the caption decides what is drawn
         torch.nn.init.normal_(parameter, std=0.2)
     model.save(folder)
+    word_tokenizer().save(str(folder / "tokenizer.json"))
+    DVAE(DVAEConfig(vocab_size=config.image_vocab, hidden=8, blocks_per_group=1, decoder_init=8)).save(folder)
+    return folder
+
+
+def word_tokenizer() -> Tokenizer:
     tokenizer = Tokenizer(WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="<unk>"))
     tokenizer.pre_tokenizer = Whitespace()  # type: ignore[assignment]
-    tokenizer.save(str(folder / "tokenizer.json"))
-    DVAE(DVAEConfig(vocab_size=config.image_vocab, hidden=8, blocks_per_group=1, decoder_init=8)).save(folder)
+    return tokenizer
+
+
+def write_tiny_clip(folder: Path) -> Path:
+    """Writes a CLIP of random weights with the same words into `folder`, and returns it."""
+    from transformers import CLIPConfig, CLIPModel
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    torch.manual_seed(1)
+    side = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    ids = {"vocab_size": len(WORDS), "pad_token_id": 0, "bos_token_id": 6, "eos_token_id": 7}
+    config = CLIPConfig(
+        text_config={**side, **ids, "max_position_embeddings": 16},
+        vision_config={**side, "image_size": 32, "patch_size": 16},
+        projection_dim=8,
+    )
+    CLIPModel(config).save_pretrained(folder)
+    word_tokenizer().save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text('{"pad_token": "<pad>", "unk_token": "<unk>"}')
     return folder
