@@ -6,6 +6,8 @@
 
 #include <stdexcept>
 #include <string>
+#include <type_traits>
+#include <utility>
 
 #ifdef __CUDACC__
 #include <cuda_bf16.h>
@@ -137,7 +139,7 @@ __device__ __forceinline__ T load_from_l2(const T* p) {
   return __ldcg(p);
 }
 template <class T>
-__device__ __forceinline__ void store(T* p, T value) {
+__device__ __forceinline__ void store(T* p, std::common_type_t<T> value) {
   *p = value;
 }
 __device__ __forceinline__ void prefetch_to_l2(const void* p) { asm volatile("prefetch.global.L2 [%0];" ::"l"(p)); }

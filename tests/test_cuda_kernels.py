@@ -5,13 +5,14 @@ import torch
 from cuda_emulation import Machine, available, machines
 from helpers import assert_close
 from test_decode_attention import inputs, plain_step
+from test_sample import CUTS
 
 from dalle_fast import cuda_backend, reference
 from dalle_fast.cuda_backend import Shape
 from dalle_fast.masks import Mask
 
 pytestmark = available
-TYPES = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+BF16, FP16 = torch.bfloat16, torch.float16
 
 
 @pytest.fixture
@@ -31,9 +32,119 @@ def check(machine, mask, prompts, group, n, first, dtype, head_dim, shape=None, 
         assert torch.equal(tail.double().nan_to_num(7e7), want.nan_to_num(7e7)), name
 
 
+SHAPES = [Shape(16, 1), Shape(64, 1), Shape(16, 3), Shape(64, 2)]
+
+
 @machines
-@TYPES
+@pytest.mark.parametrize("dtype", [BF16, FP16], ids=str)
 @pytest.mark.parametrize("head_dim", [64, 128])
-@pytest.mark.parametrize("shape", [Shape(16, 1), Shape(64, 1), Shape(16, 2)], ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_decode_attention(machine, dtype, head_dim, shape):
-    check(machine, "row@70+8x8", 2, 9, 2, 21, dtype, head_dim, shape)
+    check(machine, "row@150+8x8", 2, 9, 2, 21, dtype, head_dim, shape)
+
+
+# mask, prompts, candidates each, cells a step, first cell
+CASES = [
+    ("full@1+8x8", 1, 1, 1, 0),  # one key of the prefix, one of the tail
+    ("full@64+16x16", 1, 3, 1, 255),  # 256 neighbours
+    ("row@19+8x8", 2, 17, 1, 63),
+    ("row(window=in_row)@63+8x8", 3, 1, 4, 21),
+    ("column@65+8x8", 2, 2, 8, 0),
+    ("conv(kernel=3,boundary=flat)@129+8x8", 1, 70, 1, 40),
+    ("conv(kernel=5,boundary=torus)@128+7x9", 1, 5, 3, 60),
+    ("row@16+4x32", 1, 2, 32, 64),
+]
+
+
+@machines
+@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES[1:3], ids=str)
+def test_odd_sizes(machine, case, shape):
+    check(machine, *case, BF16 if shape.rows == 16 else FP16, 64, shape, heads=1)
+
+
+@machines
+@pytest.mark.parametrize("rule", ["row", "column", "conv(kernel=11,boundary=flat)"])
+@pytest.mark.parametrize("first", [0, 992])
+def test_at_the_papers_layout(machine, rule, first):
+    check(machine, f"{rule}@256+32x32", 1, 2, 1, first, BF16, 64, heads=1)
+
+
+@machines
+def test_the_splits_join_again_and_again(machine):
+    """The counters that the last block of a tile resets serve the next step."""
+    mask = Mask.parse("row@150+4x4")
+    prefix = [torch.randn(1, 1, 150, 64, dtype=BF16) for _ in "kv"]
+    tails = [torch.zeros(3, 1, mask.tail_slots(), 64, dtype=BF16) for _ in "kv"]
+    for cell in range(4):
+        q, k, v = (torch.randn(3, 1, 1, 64, dtype=BF16) for _ in "qkv")
+        args, position = (q, k, v, *prefix, *tails), torch.tensor([cell])
+        wide = [x.double() for x in args]
+        expected = reference.decode_attention(*wide, position, str(mask))
+        plain = plain_step(*(x.clone() for x in args), cell, mask)
+        got = machine(cuda_backend.decode_attention, *args, position, str(mask), shape=Shape(16, 3))
+        assert_close(got, plain, expected)
+
+
+@machines
+def test_large_scores_and_strides(machine):
+    """Scores of a thousand: the maximum is subtracted in time. Inputs not contiguous; a tail that is a view is changed."""
+    mask = Mask.parse("row@40+4x4")
+    q, k, v, *rest = (x.cpu() for x in inputs(mask, 1, 3, 2, 5, FP16, 64))
+    q, k = q * 12, k * 12
+    rest[2] = torch.stack([rest[2], rest[2]], dim=-1)[..., 0]
+    q = q.transpose(1, 2).contiguous().transpose(1, 2)
+    args, position = (q, k, v, *rest), torch.tensor([5])
+    wide = [x.double() for x in args]
+    expected = reference.decode_attention(*wide, position, str(mask))
+    plain = plain_step(*(x.clone() for x in args), 5, mask)
+    assert_close(machine(cuda_backend.decode_attention, *args, position, str(mask)), plain, expected)
+    assert torch.equal(args[5].double().nan_to_num(7e7), wide[5].nan_to_num(7e7))
+
+
+# sample
+
+
+def both(machine, logits, cut, seed=2**63 + 17, first=2**33, position=5):
+    """Tokens of the kernel and of the oracle."""
+    top_k, top_p, temperature = cut
+    candidates = torch.arange(first, first + len(logits))
+    args = (logits, temperature, top_k, top_p, seed, candidates, torch.tensor([position]))
+    return machine(cuda_backend.sample, *args), reference.sample(*args)
+
+
+@machines
+@pytest.mark.parametrize("cut", CUTS, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, FP16, BF16], ids=str)
+def test_sample(machine, cut, dtype):
+    got, expected = both(machine, (3 * torch.randn(6, 301)).to(dtype), cut)
+    assert torch.equal(got, expected)
+
+
+@machines
+@pytest.mark.parametrize("cut", [(0, 1.0, 1.0), (100, 0.9, 0.9), (0, 0.999, 1.0)], ids=str)
+def test_sample_at_the_size_of_a_codebook(machine, cut):
+    got, expected = both(machine, 2 * torch.randn(2, 8192), cut)
+    assert torch.equal(got, expected)
+
+
+@machines
+@pytest.mark.parametrize("cut", [(2, 1.0, 1.0), (0, 0.5, 1.0), (3, 0.7, 1.0), (36, 0.99, 1.0)], ids=str)
+def test_ties_go_to_the_lower_token(machine, cut):
+    logits = torch.randint(-2, 3, (24, 37)).float()
+    logits[:3] = 0.0
+    logits[3:6] *= -0.0  # zeros of both signs are equal
+    got, expected = both(machine, logits, cut)
+    assert torch.equal(got, expected)
+    for row, token in zip(logits, got.tolist(), strict=True):
+        assert reference.allowed_tokens(row, cut[2], cut[0], cut[1])[token]
+
+
+@machines
+def test_the_coldest_and_one_token(machine):
+    logits = torch.randn(4, 50)
+    assert torch.equal(both(machine, logits, (0, 1.0, 1e-30))[0], logits.argmax(1))
+    assert both(machine, logits[:, :1].contiguous(), (1, 0.5, 1.0))[0].tolist() == [0] * 4
+    minus = torch.full((2, 40), -torch.inf)
+    minus[:, 7] = 1.0
+    assert both(machine, minus, (30, 0.9, 1.0))[0].tolist() == [7, 7]

@@ -206,7 +206,7 @@ T load_once(const T* p) { return load(p); }
 template <class T>
 T load_from_l2(const T* p) { return load(p); }
 template <class T>
-void store(T* p, T value) {
+void store(T* p, std::common_type_t<T> value) {
   cuda_on_cpu::check_global(p, sizeof(T));
   *p = value;
 }
