@@ -97,12 +97,14 @@ static size_t cuda_skinny_linear_workspace(const std::vector<int32_t>& n, bool n
 static void cuda_skinny_linear(const std::vector<uintptr_t>& t, const std::vector<int32_t>& n, float norm_eps,
                                const std::string& epilogue, const std::string& dtype, const std::string& weight_dtype,
                                bool dependent_launch, uintptr_t stream) {
-  expect("tensors", t.size(), 10);
+  expect("tensors", t.size(), 14);
   dalle_fast::CudaLinearParams c = cuda_linear(n, epilogue, dtype, weight_dtype);
   c.linear.x = at<const void>(t[0]), c.linear.weight = at<const void>(t[1]), c.linear.bias = at<const float>(t[2]);
   c.linear.residual = at<const void>(t[3]), c.linear.norm_weight = at<const float>(t[4]);
   c.linear.norm_bias = at<const float>(t[5]), c.linear.y = at<void>(t[6]), c.linear.norm_eps = norm_eps;
   c.scale = at<const float>(t[7]), c.counters = at<int32_t>(t[8]), c.workspace = at<void>(t[9]);
+  c.branch = at<const void>(t[10]), c.branch_weight = at<const float>(t[11]), c.branch_bias = at<const float>(t[12]);
+  c.sum = at<void>(t[13]);
   c.dependent_launch = dependent_launch;
   dalle_fast::launch_skinny_linear(c, at<void>(stream));
 }
@@ -289,6 +291,17 @@ static void register_cpu(py::module_ m) {
           "feed",
           [](cpu::Engine& engine, uintptr_t tokens, int count, int threads, uintptr_t logits) {
             engine.feed(at<const int64_t>(tokens), count, threads, at<float>(logits));
+          },
+          release())
+      .def(
+          "sample",
+          [](cpu::Engine& engine, uintptr_t tokens, uintptr_t candidates, uintptr_t given, int count, float temperature,
+             int top_k, float top_p, float guidance_scale, uint64_t seed, int threads, uintptr_t logits,
+             uintptr_t drawn, uintptr_t log_p) {
+            engine.sample(at<const int64_t>(tokens),
+                          {at<const int64_t>(candidates), at<const int64_t>(given), count, temperature, top_p,
+                           guidance_scale, top_k, seed, at<int64_t>(drawn), at<double>(log_p)},
+                          threads, at<float>(logits));
           },
           release())
       .def("fork", &cpu::Engine::fork, release())

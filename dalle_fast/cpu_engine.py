@@ -10,9 +10,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from dalle_fast import cpu_backend, weights
+from dalle_fast import cpu_backend, ops, weights
 from dalle_fast.config import ModelConfig
 from dalle_fast.cpu_backend import pack_arguments
+from dalle_fast.engine import Drawn
 from dalle_fast.model import DalleModel
 from dalle_fast.quantize import Int4, Int8, Quantized
 
@@ -177,6 +178,36 @@ class CpuEngine:
             part = part.contiguous()
             self._engine.feed(part.data_ptr(), part.shape[1], self._threads(), logits.data_ptr())
         return logits
+
+    def sample(
+        self,
+        tokens: Tensor,
+        candidates: Tensor,
+        *,
+        temperature: float = 1.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        guidance_scale: float = 1.0,
+        seed: int = 0,
+        given: Tensor | None = None,
+    ) -> Drawn:
+        """As engine.DrawingEngine says, in one call. The results are new tensors."""
+        batch, count = self._engine.batch, len(candidates)
+        if tokens.shape != (batch,) or batch != count * (1 if guidance_scale == 1 else 2):
+            raise ValueError(
+                f"got tokens {list(tokens.shape)} for {count} candidates with {guidance_scale=} and a batch of {batch}, "
+                f"expected [{batch}] and {batch if guidance_scale == 1 else batch / 2:g} candidates"
+            )
+        ops.check_sampling(temperature, top_k, top_p, self.config.image_vocab)
+        tokens, candidates = tokens.contiguous(), candidates.contiguous()
+        given = None if given is None else given.contiguous()
+        logits = torch.empty(batch, self.config.image_vocab)
+        drawn, log_p = torch.empty(count, dtype=torch.int64), torch.empty(count, dtype=torch.float64)
+        self._engine.sample(
+            tokens.data_ptr(), candidates.data_ptr(), 0 if given is None else given.data_ptr(), count, temperature,
+            top_k, top_p, guidance_scale, seed, self._threads(), logits.data_ptr(), drawn.data_ptr(), log_p.data_ptr(),
+        )  # fmt: skip
+        return Drawn(drawn, log_p, logits)
 
     def fork(self, candidates: int) -> None:
         self._engine.fork(candidates)

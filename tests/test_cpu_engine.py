@@ -6,9 +6,10 @@ import torch
 from dalle_fast import cpu_backend, weights
 from dalle_fast.config import ModelConfig
 from dalle_fast.cpu_engine import CpuEngine, why_not
-from dalle_fast.engine import TorchEngine
+from dalle_fast.engine import DrawingEngine, TorchEngine
 from dalle_fast.model import DalleModel
 from dalle_fast.quantize import quantize
+from dalle_fast.sampling import SamplingSettings, sample
 
 pytestmark = pytest.mark.skipif(cpu_backend.kernels_why_not() is not None, reason="the C++ kernels are not built")
 
@@ -132,3 +133,44 @@ def test_refusals():
     engine.feed(torch.zeros(2, TINY.cells - 1, dtype=torch.int64))
     with pytest.raises(ValueError, match="within the picture"):
         engine.step(torch.zeros(2, dtype=torch.int64))
+
+
+class OneByOne:
+    """The same engine without a draw of its own: the loop draws, by the op."""
+
+    def __init__(self, engine):
+        self.engine = engine
+
+    def __getattr__(self, name):
+        if name == "sample":
+            raise AttributeError(name)
+        return getattr(self.engine, name)
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize("guidance_scale", [1.0, 2.5])
+@pytest.mark.parametrize("cut", [(0, 1.0), (9, 1.0), (0, 0.8)], ids=str)
+def test_drawing_inside_the_step(cut, guidance_scale, threads):
+    """Tokens and log-likelihoods are those of the loop that takes logits and draws by itself; also with known tokens."""
+    model = random_model()
+    text, known = torch.randint(1, 60, (1, 16)), torch.full((TINY.cells,), -1)
+    known[[0, 1, 7, 8, 9, 20]] = 3
+    settings = SamplingSettings(top_k=cut[0], top_p=cut[1], guidance_scale=guidance_scale, seed=8)
+    engine = CpuEngine(model, dtype="float32", threads=threads, chunk=2)
+    assert isinstance(engine, DrawingEngine) and not isinstance(OneByOne(engine), DrawingEngine)
+    for score_known in (False, True):
+        ours, plain = (
+            next(sample(e, text, 5, settings, known=known, score_known=score_known)) for e in (engine, OneByOne(engine))
+        )
+        assert torch.equal(ours.tokens, plain.tokens)
+        assert torch.allclose(ours.log_likelihood, plain.log_likelihood, atol=1e-4)
+
+
+def test_draws_that_do_not_fit():
+    engine = CpuEngine(random_model())
+    engine.prefill(torch.ones(1, 16, dtype=torch.int64), 2)
+    tokens = torch.zeros(2, dtype=torch.int64)
+    with pytest.raises(ValueError, match=r"guidance_scale=2.0 and a batch of 2, expected \[2\] and 1 candidates"):
+        engine.sample(tokens, torch.arange(2), guidance_scale=2.0)
+    with pytest.raises(ValueError, match="got top_k=33"):
+        engine.sample(tokens, torch.arange(2), top_k=33)

@@ -143,7 +143,7 @@ def test_decode_attention(dtype, dim, rule):
 # sample
 
 
-@pytest.mark.parametrize("vocab", [1, 7, 1000])
+@pytest.mark.parametrize("vocab", [1, 7, 1000, 5000])  # 5000: pieces of a row, the last one cut
 @pytest.mark.parametrize("top_k", [0, 1, 5])
 @pytest.mark.parametrize("top_p", [1.0, 0.6, 1e-6])
 def test_sample_equals_the_reference(vocab, top_k, top_p):

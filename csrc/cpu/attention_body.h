@@ -1,6 +1,6 @@
 // decode_attention's inner loop, for any vector width: queries of one head and prompt against the shared prefix, each
-// then against its own tail. Scores first, then softmax, then values: every key and value is read once, and two queries
-// share each read of the prefix. A query's sums run in an order that does not depend on its neighbours in the batch.
+// then against its own tail. Scores first, then softmax, then values: every key and value is read once, and up to four
+// queries share each read of the prefix. A query's sums run in an order that does not depend on its neighbours in the batch.
 #pragma once
 
 #include "cpu/kernels.h"
@@ -60,11 +60,64 @@ DF_INLINE void prefix_scores(const void* keys, int64_t block, const float* const
       for (int v = 0; v < KV; ++v) store(scores[r] + (block + b) * kKeyBlock + v * W, sum[r][b][v]);
 }
 
+#if defined(__AVX512F__)
+// Lane i becomes the sum of t[i]'s lanes: 45 operations for 16 sums, where one sum by itself takes 20.
+DF_INLINE vf sums(const vf* t) {
+  __m512 u[8], v[4];
+  for (int i = 0; i < 8; ++i)
+    u[i] = _mm512_add_ps(_mm512_unpacklo_ps(t[2 * i], t[2 * i + 1]), _mm512_unpackhi_ps(t[2 * i], t[2 * i + 1]));
+  for (int i = 0; i < 4; ++i) {
+    const __m512d a = _mm512_castps_pd(u[2 * i]), b = _mm512_castps_pd(u[2 * i + 1]);
+    v[i] = _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(a, b)), _mm512_castpd_ps(_mm512_unpackhi_pd(a, b)));
+  }
+  const auto join = [](__m512 a, __m512 b) {
+    return _mm512_add_ps(_mm512_shuffle_f32x4(a, b, 0x88), _mm512_shuffle_f32x4(a, b, 0xDD));
+  };
+  return join(join(v[0], v[1]), join(v[2], v[3]));
+}
+#endif
+
+// Scores of one query with its tail: scores[0 ... count), and perhaps up to 16 more that mean nothing.
 template <bool Bf16>
-DF_INLINE float tail_score(const float* q, const void* key, int64_t at, int dim) {
-  vf total = {};
-  for (int d = 0; d < dim; d += W) total = fma(load(q + d), load_cached<Bf16>(key, at + d), total);
-  return sum(total);
+DF_INLINE void tail_scores(const AttentionRow& row, const uint32_t* pairs, int dim, float* scores) {
+  const auto key = [&](int j) { return static_cast<int64_t>(row.slots[j]) * dim; };
+#if defined(__AVX512F__)
+  for (int first = 0; first < row.count; first += W) {
+    vf total[W] = {};
+    for (int i = 0; i < W; ++i) {
+      const int64_t at = key(first + i < row.count ? first + i : row.count - 1);
+#if defined(__AVX512BF16__)
+      if (Bf16 && dim % 32 == 0) {
+        for (int d = 0; d < dim; d += 32)
+          total[i] = _mm512_dpbf16_ps(total[i], (__m512bh)load_words(static_cast<const uint16_t*>(row.tail_k) + at + d),
+                                      (__m512bh)load_words(pairs + d / 2));
+        continue;
+      }
+#endif
+      for (int d = 0; d < dim; d += W) total[i] = fma(load(row.q + d), load_cached<Bf16>(row.tail_k, at + d), total[i]);
+    }
+    store(scores + first, sums(total));
+  }
+#else
+  for (int j = 0; j < row.count; ++j) {
+    vf total = {};
+    for (int d = 0; d < dim; d += W) total = fma(load(row.q + d), load_cached<Bf16>(row.tail_k, key(j) + d), total);
+    scores[j] = sum(total);
+  }
+#endif
+  (void)pairs;
+}
+
+// out = (prefix's part + the tail's values weighted by p) * inverse, N vectors of channels at a time.
+template <bool Bf16, int N>
+DF_INLINE void tail_values(const AttentionRow& row, const float* p, const float* prefix, float inverse, int dim, int d) {
+  vf total[N];
+  for (int n = 0; n < N; ++n) total[n] = load(prefix + d + n * W);
+  for (int j = 0; j < row.count; ++j) {
+    const int64_t at = static_cast<int64_t>(row.slots[j]) * dim + d;
+    for (int n = 0; n < N; ++n) total[n] = fma(load_cached<Bf16>(row.tail_v, at + n * W), set1(p[j]), total[n]);
+  }
+  for (int n = 0; n < N; ++n) store(row.out + d + n * W, total[n] * inverse);
 }
 
 // out[first ... first + N * W) += the prefix's values weighted by p; keys in two interleaved sums, joined at the end.
@@ -122,7 +175,7 @@ void attend_rows(const PackedPrefix& prefix, const AttentionRow* rows, int dim, 
     for (int r = 0; r < R; ++r) pair_up(q[r], dim, pairs[r]), q_pairs[r] = pairs[r];
 #endif
   const int64_t blocks = prefix.keys / kKeyBlock;
-  constexpr int together = W == 16 ? 4 : 1;
+  constexpr int together = W < 16 ? 1 : R == 1 ? 8 : 4;  // enough sums at a time to hide an addition's latency
   int64_t block = 0;
   for (; block + together <= blocks; block += together)
     prefix_scores<Bf16, R, together>(prefix.k, block, q, q_pairs, dim, scores);
@@ -132,8 +185,7 @@ void attend_rows(const PackedPrefix& prefix, const AttentionRow* rows, int dim, 
     float* s = scores[r];
     const int64_t end = prefix.keys + row.count, padded = round_up(end, kKeyBlock);
     for (int64_t i = row.prefix_len; i < prefix.keys; ++i) s[i] = -__builtin_inff();
-    for (int j = 0; j < row.count; ++j)
-      s[prefix.keys + j] = tail_score<Bf16>(q[r], row.tail_k, static_cast<int64_t>(row.slots[j]) * dim, dim);
+    tail_scores<Bf16>(row, q_pairs[r], dim, s + prefix.keys);
     for (int64_t i = end; i < padded; ++i) s[i] = -__builtin_inff();
     vf most = load(s);
     for (int64_t i = W; i < padded; i += W) most = max(load(s + i), most);
@@ -162,19 +214,14 @@ void attend_rows(const PackedPrefix& prefix, const AttentionRow* rows, int dim, 
 #endif
   float out[R][kMaxDim];
   int d = 0;
-  constexpr int wide = W == 16 ? 4 : 2;
+  constexpr int wide = W == 16 && R < 4 ? 4 : 2;
   for (; d + wide * W <= dim; d += wide * W)
     prefix_values<Bf16, R, wide>(prefix.v, prefix.keys, dim, d, scores, p_pairs, out);
   for (; d < dim; d += W) prefix_values<Bf16, R, 1>(prefix.v, prefix.keys, dim, d, scores, p_pairs, out);
   for (int r = 0; r < R; ++r) {
     const float* p = scores[r] + prefix.keys;
-    for (d = 0; d < dim; d += W) {
-      vf total = load(out[r] + d);
-      for (int j = 0; j < rows[r].count; ++j)
-        total =
-            fma(load_cached<Bf16>(rows[r].tail_v, static_cast<int64_t>(rows[r].slots[j]) * dim + d), set1(p[j]), total);
-      store(rows[r].out + d, total * inverse[r]);
-    }
+    for (d = 0; d + 4 * W <= dim; d += 4 * W) tail_values<Bf16, 4>(rows[r], p, out[r], inverse[r], dim, d);
+    for (; d < dim; d += W) tail_values<Bf16, 1>(rows[r], p, out[r], inverse[r], dim, d);
   }
 }
 
@@ -184,6 +231,8 @@ void attend_all(const PackedPrefix& prefix, const AttentionRow* rows, int count,
   for (int r = 0; r < count; ++r) most = rows[r].count > most ? rows[r].count : most;
   const int64_t row_floats = round_up(prefix.keys + most, kKeyBlock) + kKeyBlock;
   int r = 0;
+  if constexpr (W == 16)
+    for (; r + 4 <= count; r += 4) attend_rows<Bf16, 4>(prefix, rows + r, dim, scale, scratch, row_floats);
   for (; r + 2 <= count; r += 2) attend_rows<Bf16, 2>(prefix, rows + r, dim, scale, scratch, row_floats);
   if (r < count) attend_rows<Bf16, 1>(prefix, rows + r, dim, scale, scratch, row_floats);
 }

@@ -6,6 +6,8 @@
 #include <stdexcept>
 #include <string>
 
+#include "cpu/ops.h"
+
 namespace dalle_fast::cpu {
 
 Engine::Engine(const EngineShape& shape, const std::vector<float>& angles)
@@ -71,6 +73,38 @@ void Engine::prefill(const float* x, const float* start, int prompts, int candid
 }
 
 void Engine::feed(const int64_t* tokens, int count, int threads, float* logits) {
+  advance(tokens, count, threads, logits, nullptr);
+}
+
+void Engine::sample(const int64_t* tokens, const Draw& draw, int threads, float* logits) {
+  const bool guided = draw.guidance_scale != 1;
+  if (draw.count * (guided ? 2 : 1) != batch_)
+    throw std::invalid_argument("got " + std::to_string(draw.count) + " candidates" + (guided ? " with guidance" : "") +
+                                " for a batch of " + std::to_string(batch_));
+  const int vocab = shape_.image_vocab;
+  const int64_t place = position_ + 1 - shape_.first_cell;  // of the token that the logits predict
+  const size_t size = static_cast<size_t>(draw.count) * vocab;
+  if (guided && mixed_.bytes() < size * 4) mixed_ = Buffer(size * 4);
+  float* mixed = guided ? mixed_.as<float>() : logits;
+  Drawing drawing({mixed, draw.candidates, &place, draw.tokens, draw.count, vocab, draw.top_k, draw.temperature,
+                   draw.top_p, draw.seed, DType::float32},
+                  logits, draw.given, draw.log_p);
+  const Then then = [&](const Team& team) {
+    if (guided) {
+      long begin, end;
+      team.share(static_cast<long>(size), 1024, &begin, &end);
+      for (long i = begin; i < end; ++i) {
+        const float without = logits[size + i];
+        mixed[i] = without + draw.guidance_scale * (logits[i] - without);
+      }
+      team.wait();
+    }
+    drawing.run(team);
+  };
+  advance(tokens, 1, threads, logits, &then);
+}
+
+void Engine::advance(const int64_t* tokens, int count, int threads, float* logits, const Then* then) {
   if (!batch_) throw std::invalid_argument("got tokens before a prompt, expected prefill first");
   if (count < 1 || count > shape_.chunk || position_ + count > cells())
     throw std::invalid_argument("got " + std::to_string(count) + " tokens at cell " + std::to_string(position_) +
@@ -85,7 +119,7 @@ void Engine::feed(const int64_t* tokens, int count, int threads, float* logits) 
   Rows rows{batch_ * count, count, 0, prompts_, false};
   const int team = pick_team(rows.count, threads);
   const auto start = std::chrono::steady_clock::now();
-  run(rows, team, logits);
+  run(rows, team, logits, then);
   if (threads > 1)
     record_pace(team > 1, sleeps_, std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count());
   position_ += count;

@@ -45,6 +45,17 @@ struct ImageEmbedding {
   std::vector<float> rows, columns;  // [height, dim], [width, dim]; empty: none
 };
 
+// How the next token is drawn (dalle_fast/sampling.py). Guided: the second half of the batch has no caption.
+struct Draw {
+  const int64_t *candidates, *given;  // [count]; given: -1 where a token is to be drawn
+  int count;                          // batch, or half of it if guided
+  float temperature, top_p, guidance_scale;
+  int top_k;
+  uint64_t seed;
+  int64_t* tokens;  // [count]
+  double* log_p;    // [count]
+};
+
 class Engine {
  public:
   // angles: [text_len + cells, rotary_dim] or empty. Throws std::invalid_argument for a shape it cannot run.
@@ -60,6 +71,8 @@ class Engine {
   void prefill(const float* x, const float* start, int prompts, int candidates, int threads, float* logits);
   // tokens [batch, count], count <= chunk; writes the logits of the token after them, [batch, image_vocab].
   void feed(const int64_t* tokens, int count, int threads, float* logits);
+  // Feeds a token of every sequence, as feed() does, and draws the next of every candidate. logits [batch, image_vocab].
+  void sample(const int64_t* tokens, const Draw& draw, int threads, float* logits);
   void fork(int candidates);
 
   int batch() const { return batch_; }
@@ -83,7 +96,9 @@ class Engine {
     Buffer floats;
     std::vector<AttentionRow> attention;
   };
-  void run(Rows& rows, int threads, float* logits);
+  using Then = std::function<void(const Team&)>;  // what a team does with the logits
+  void advance(const int64_t* tokens, int count, int threads, float* logits, const Then* then);
+  void run(Rows& rows, int threads, float* logits, const Then* then = nullptr);
   void encode_norm(const Rows& rows, const Norm& norm, int branch, const float* x, long begin, long end,
                    Worker& worker);
   void shift(const Rows& rows, int branch, int row, float* h);
@@ -123,7 +138,7 @@ class Engine {
   int sleeps_ = 0;  // of the last pass
 
   int row_capacity_ = 0;
-  Buffer a_, b_, qkv_, attended_, hidden_, branch_, encoded_, step_, sums_;
+  Buffer a_, b_, qkv_, attended_, hidden_, branch_, encoded_, step_, sums_, mixed_;
   std::vector<Worker> workers_;
 };
 

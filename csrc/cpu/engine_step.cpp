@@ -166,7 +166,7 @@ void Engine::attend(const Rows& rows, int layer, const Team& team, Worker& worke
   }
 }
 
-void Engine::run(Rows& rows, int threads, float* logits) {
+void Engine::run(Rows& rows, int threads, float* logits, const Then* then) {
   const int dim = shape_.dim;
   const bool sandwich = shape_.sandwich_norm;
   float* a = a_.as<float>();                          // attention adds to this stream and reads the other,
@@ -232,6 +232,10 @@ void Engine::run(Rows& rows, int threads, float* logits) {
     encode(*head_, branch_.as<float>(), begin, end);
     team.wait();
     linear(*head_, last_rows, team, {logits, nullptr, shape_.image_vocab, Epilogue::none}, worker);
+    if (then) {
+      team.wait();
+      (*then)(team);
+    }
     if (team.index == 0) sleeps_ = team.barrier->sleeps();
   });
 }

@@ -65,6 +65,12 @@ struct PackedPrefix {
   int32_t keys;  // padded
 };
 
+// The best of some tokens by (x - shift) / temperature + Gumbel noise; the lower token of equals.
+struct Choice {
+  float score;
+  int32_t token;
+};
+
 struct Kernels {
   const char* name;
   Encoding (*encoding)(DType weight);
@@ -73,16 +79,22 @@ struct Kernels {
                  float* scratch);
   void (*layer_norm)(const float* x, const float* weight, const float* bias, float eps, int n, float* y);  // y may be x
   void (*encode)(const float* x, int n, int row, const Encoded& out);
-  // scratch: 2 * (prefix.keys + most slots rounded up to 16, and 16 more) floats.
+  // scratch: attend_scratch() floats.
   void (*attend)(const PackedPrefix& prefix, const AttentionRow* rows, int count, int dim, float scale, DType cache,
                  float* scratch);
+  // noise[i]: the Gumbel noise of tokens[i], or where tokens is null of token i.
   void (*gumbel)(uint64_t seed, uint64_t candidate, uint32_t position, const int32_t* tokens, int count, float* noise);
   void (*exponentials)(const float* x, float shift, int count, float* y);  // y = exp(x - shift)
+  float (*maximum)(const float* x, int count);                             // count >= 1
+  double (*exponential_sum)(const float* x, float shift, int count);       // Σ exp(x - shift)
+  // Of tokens first ... first + count - 1; first a multiple of 64.
+  Choice (*choose)(uint64_t seed, uint64_t candidate, uint32_t position, const float* x, float shift, float temperature,
+                   int first, int count);
 };
 
-// Floats of scratch that attend() wants.
+// Floats of scratch that attend() wants: a row of scores for each of four queries.
 inline int64_t attend_scratch(int64_t prefix_keys, int64_t most_slots) {
-  return 2 * (prefix_keys + round_up(most_slots, kKeyBlock) + kKeyBlock);
+  return 4 * (prefix_keys + round_up(most_slots, kKeyBlock) + kKeyBlock);
 }
 
 const Kernels* portable_kernels();

@@ -50,7 +50,7 @@ inline void encode(const float* x, int n, int row, const Encoded& out) {
 }
 
 constexpr Kernels table(const char* name) {
-  return {name, encoding, linear, layer_norm, encode, attend, gumbel, exponentials};
+  return {name, encoding, linear, layer_norm, encode, attend, gumbel, exponentials, maximum, exponential_sum, choose};
 }
 
 }  // namespace
