@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 import dalle_fast
-from dalle_fast.commands import classify, info, masks, rank, regenerate, sample, score
+from dalle_fast.commands import classify, convert, info, masks, rank, regenerate, sample, score
 
 COMMANDS = {
     "sample": sample,
@@ -17,6 +17,7 @@ COMMANDS = {
     "rank": rank,
     "classify": classify,
     "score": score,
+    "convert": convert,
     "info": info,
     "masks": masks,
 }

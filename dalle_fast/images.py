@@ -8,17 +8,19 @@ the token grid, and the logit-Laplace map between pixels and the decoder's outpu
 
 from __future__ import annotations
 
-import json
 import math
 from collections import OrderedDict
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Self
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dalle_fast import weights
+from dalle_fast.codec import Codec
+from dalle_fast.discrete_vae import DiscreteVAE
+from dalle_fast.vqgan import VQGAN
 from dalle_fast.weights import WeightError
 
 FACTOR = 8  # pixels a side of one code
@@ -153,81 +155,41 @@ class Decoder(nn.Module):
         return self.blocks[1:](x.permute(0, 3, 1, 2))  # type: ignore[no-any-return]
 
 
-class DVAE(nn.Module):
-    """Pixels to tokens and back; see encode and decode."""
+class DVAE(Codec):
+    """Pixels to tokens and back; see Codec."""
+
+    name = "dvae"
+    config_class = DVAEConfig
 
     def __init__(self, config: DVAEConfig) -> None:
-        super().__init__()
-        self.config = config
+        super().__init__(config)
         self.encoder, self.decoder = Encoder(config), Decoder(config)
         self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     @property
-    def vocab_size(self) -> int:
-        return self.config.vocab_size
+    def factor(self) -> int:
+        return FACTOR
 
-    @torch.no_grad()
-    def encode(self, pixels: Tensor, batch: int = 8) -> Tensor:
-        """Pixels [B, 3, 8h, 8w] in 0..1 -> the most likely codes [B, h, w] int64, `batch` pictures at a time.
+    def to_codes(self, pixels: Tensor) -> Tensor:
+        x = map_pixels(pixels).contiguous(memory_format=torch.channels_last)
+        return self.encoder(x).argmax(1)  # type: ignore[no-any-return]
 
-        Raises ValueError for another shape, or values outside 0..1 (NaN included).
-        """
-        if (
-            pixels.ndim != 4
-            or pixels.shape[1] != 3
-            or pixels.shape[2] % FACTOR
-            or pixels.shape[3] % FACTOR
-            or 0 in pixels.shape
-        ):
-            raise ValueError(
-                f"got pixels {list(pixels.shape)}, expected [B, 3, height, width] with sides that {FACTOR} divides"
-            )
-        if not pixels.is_floating_point() or not bool(((pixels >= 0) & (pixels <= 1)).all()):
-            raise ValueError(f"got {pixels.dtype} pixels, expected floating point within 0..1")
-        weight = next(self.encoder.parameters())
-        found = []
-        for part in torch.split(pixels, batch):
-            x = map_pixels(part.to(weight.device, weight.dtype)).contiguous(memory_format=torch.channels_last)
-            found.append(self.encoder(x).argmax(1))
-        return torch.cat(found)
-
-    @torch.no_grad()
-    def decode(self, tokens: Tensor, batch: int = 8) -> Tensor:
-        """Codes [B, h, w] -> pixels [B, 3, 8h, 8w] in 0..1, float32, `batch` pictures at a time.
-
-        Raises ValueError for another shape or type, or a code outside the vocabulary.
-        """
-        if tokens.ndim != 3 or 0 in tokens.shape or tokens.is_floating_point():
-            raise ValueError(
-                f"got {tokens.dtype} tokens {list(tokens.shape)}, expected whole numbers [B, height, width]"
-            )
-        if int(tokens.min()) < 0 or int(tokens.max()) >= self.vocab_size:
-            raise ValueError(
-                f"got tokens {int(tokens.min())} to {int(tokens.max())}, expected 0 to {self.vocab_size - 1}"
-            )
-        device = next(self.decoder.parameters()).device
-        parts = [self.decoder.from_tokens(part.to(device).long())[:, :3].float() for part in torch.split(tokens, batch)]
-        return unmap_pixels(torch.sigmoid(torch.cat(parts))).contiguous()
-
-    def save(self, folder: Path | str, dtype: torch.dtype | None = None) -> None:
-        """Writes dvae.json and dvae.safetensors; weights in `dtype` if given."""
-        state = {name: tensor.to(dtype or tensor.dtype).contiguous() for name, tensor in self.state_dict().items()}
-        weights.save(Path(folder) / "dvae.safetensors", state)
-        weights.write_text(Path(folder) / "dvae.json", json.dumps(asdict(self.config), indent=2) + "\n")
+    def to_pixels(self, codes: Tensor) -> Tensor:
+        return unmap_pixels(torch.sigmoid(self.decoder.from_tokens(codes)[:, :3].float()))
 
     @classmethod
-    def load(cls, folder: Path | str, device: torch.device | str = "cpu") -> DVAE:
-        """Reads what `save` wrote, as float32. Raises WeightError, in one line, for files that are missing or do not fit."""
-        path = Path(folder) / "dvae.json"
-        try:
-            values = json.loads(weights.read_text(path))
-            config = DVAEConfig(**values)
-        except (json.JSONDecodeError, TypeError, ValueError) as error:
-            if isinstance(error, WeightError):
-                raise
-            raise WeightError(f"cannot use {path}: {error}") from None
-        with torch.device("meta"):
-            model = cls(config)
-        state = weights.load(Path(folder) / "dvae.safetensors", model.state_dict(), dtype=torch.float32, device=device)
-        model.load_state_dict(state, assign=True)
-        return model.to(memory_format=torch.channels_last).eval().requires_grad_(False)  # type: ignore[call-overload,no-any-return]
+    def load(cls, folder: Path | str, device: torch.device | str = "cpu") -> Self:
+        return super().load(folder, device).to(memory_format=torch.channels_last)  # type: ignore[call-overload,no-any-return]
+
+
+CODECS: tuple[type[Codec], ...] = (DVAE, VQGAN, DiscreteVAE)
+
+
+def load_codec(folder: Path | str, device: torch.device | str = "cpu") -> Codec:
+    """The image tokenizer whose files a folder holds. Raises WeightError for none, for several, or for files that don't fit."""
+    found = [codec for codec in CODECS if (Path(folder) / f"{codec.name}.json").exists()]
+    if len(found) != 1:
+        names = " and ".join(f"{codec.name}.json" for codec in found) or "no image tokenizer"
+        expected = ", ".join(f"{codec.name}.json" for codec in CODECS)
+        raise WeightError(f"got {folder} with {names}, expected one of {expected}")
+    return found[0].load(folder, device)

@@ -1,38 +1,25 @@
-"""Checkpoints of other projects, converted into a folder that DalleModel.load reads: a module a family."""
+"""Checkpoints of other projects, converted into a folder that every command reads: a module a family."""
 
 from __future__ import annotations
 
 import datetime
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from dalle_fast import weights
-from dalle_fast.checkpoints import rudalle, untrusted
+from dalle_fast.checkpoints import bpe, dalle_pytorch, image_tokenizers, rudalle, untrusted, writing
+from dalle_fast.checkpoints.writing import Part
+from dalle_fast.codec import Codec
 from dalle_fast.config import ModelConfig
+from dalle_fast.images import CODECS
 from dalle_fast.model import DalleModel
 from dalle_fast.weights import WeightError
 
 Reader = Callable[..., tuple[ModelConfig, dict[str, torch.Tensor]]]
-FAMILIES: dict[str, Reader] = {"rudalle": rudalle.read}
-
-
-def check(state: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> list[str]:
-    """Every problem: missing and unexpected names, other shapes, types that aren't floating, values that aren't finite."""
-    problems = [f"{name} is missing" for name in expected if name not in state]
-    problems += [f"{name} is unexpected" for name in sorted(set(state) - set(expected))]
-    for name in (name for name in expected if name in state):
-        tensor, shape = state[name], expected[name].shape
-        if tensor.shape != shape:
-            problems.append(f"{name} is {list(tensor.shape)}, expected {list(shape)}")
-        elif not tensor.is_floating_point():
-            problems.append(f"{name} is {tensor.dtype}, expected floating point")
-        elif not bool(tensor.isfinite().all()):
-            problems.append(f"{name} has values that are not finite")
-    return problems
+FAMILIES: dict[str, Reader] = {"rudalle": rudalle.read, "dalle-pytorch": dalle_pytorch.read}
 
 
 def convert(
@@ -40,38 +27,126 @@ def convert(
     src: str | Path,
     dst: str | Path,
     *,
+    tokenizer: str | Path | None = None,
+    images: str | Path | None = None,
+    dtype: torch.dtype | None = None,
     trust_pickle: bool = False,
-    sha256: str | None = None,
+    sha256: str | Collection[str] = (),
+    overwrite: bool = False,
     **options: Any,
 ) -> ModelConfig:
-    """Reads src and writes config.json, model.safetensors and notes.json into the folder dst, each whole or not at all.
+    """Reads a model and writes config.json, model.safetensors and notes.json into the folder dst, all or nothing.
 
-    Options of rudalle: version (2 or 3), heads (known for the released sizes). Raises WeightError, listing every problem
-    at once, and then leaves dst as it was.
+    src        a file, or a folder of shards
+    tokenizer  a caption tokenizer (bpe.read says which), written as tokenizer.json
+    images     an image tokenizer (image_tokenizers.read), written too; a DALLE-pytorch file holds its own
+    dtype      of the weights written; None: as they are
+    sha256     the files read must be among these, if any; with trust_pickle, files may hold objects beside tensors
+    options    of rudalle: version (2 or 3), heads (known for the released sizes); of dalle-pytorch: version and
+               shift_tokens, where the file doesn't say
+
+    Raises WeightError, listing every problem at once, and then leaves dst as it was.
     """
     src, dst = Path(src), Path(dst)
+    trusted = (sha256,) if isinstance(sha256, str) else tuple(sha256)
     if family not in FAMILIES:
         raise WeightError(f"got family {family!r}, expected one of {', '.join(FAMILIES)}")
-    content, digest = untrusted.read(src, trust_pickle=trust_pickle, expected_sha256=sha256)
-    try:
-        config, state = FAMILIES[family](content, **options)
-    except KeyError as error:
-        raise WeightError(f"{src} does not fit {family}: {error.args[0]} is missing") from None
-    except (ValueError, IndexError) as error:
-        raise WeightError(f"{src} does not fit {family}: {error}") from None
+    content, digests = untrusted.read(src, trust_pickle=trust_pickle, trusted=trusted)
+    config: ModelConfig
+    config, state = _fitting(src, family, FAMILIES[family], content, **options)
     with torch.device("meta"):
-        expected = DalleModel(config).state_dict()
-    if problems := check(state, expected):
-        raise WeightError(f"{src} does not fit {family}: {'; '.join(problems)}")
+        parts = [Part({}, "model.safetensors", state, DalleModel(config).state_dict())]
+    codec = None
+    if images is not None:
+        content, more = untrusted.read(Path(images), trust_pickle=trust_pickle, trusted=trusted)
+        digests |= more
+    if images is not None or (family == "dalle-pytorch" and any(key.startswith("vae.") for key in content["weights"])):
+        codec, part = _fitting(Path(images or src), "an image tokenizer", image_tokenizers.read, content)
+        parts.append(part)
+        _check_codec(codec, config)
+    del content, state  # what is written is dropped: see writing.stream
+    texts = {}
+    if tokenizer is not None:
+        texts["tokenizer.json"] = _caption_tokenizer(Path(tokenizer), family, config)
+        digests[Path(tokenizer).name] = untrusted.sha256(Path(tokenizer))
+    texts["notes.json"] = _notes(family, digests, options)
+    texts["config.json"] = config.to_json()
+    parts.append(Part(texts))
+    _write(src, family, dst, parts, dtype, overwrite)
+    return config
+
+
+def convert_images(
+    src: str | Path,
+    dst: str | Path,
+    *,
+    dtype: torch.dtype | None = None,
+    trust_pickle: bool = False,
+    sha256: str | Collection[str] = (),
+    overwrite: bool = False,
+) -> Codec:
+    """Reads an image tokenizer alone and writes its two files into the folder dst. Arguments and errors as of convert."""
+    src, trusted = Path(src), (sha256,) if isinstance(sha256, str) else tuple(sha256)
+    content, _ = untrusted.read(src, trust_pickle=trust_pickle, trusted=trusted)
+    codec: Codec
+    codec, part = _fitting(src, "an image tokenizer", image_tokenizers.read, content)
+    del content
+    _write(src, "an image tokenizer", Path(dst), [part], dtype, overwrite)
+    return codec
+
+
+def missing(folder: Path) -> list[str]:
+    """What a model folder lacks before captions become pictures."""
+    parts = {
+        "a caption tokenizer": ["tokenizer.json"],
+        "an image tokenizer": [f"{codec.name}.json" for codec in CODECS],
+    }
+    return [what for what, names in parts.items() if not any((folder / name).exists() for name in names)]
+
+
+def _fitting(src: Path, what: str, reader: Callable[..., Any], content: Any, **options: Any) -> Any:
+    try:
+        return reader(content, **options)
+    except KeyError as error:
+        raise WeightError(f"{src} does not fit {what}: {error.args[0]} is missing") from None
+    except (TypeError, ValueError, IndexError) as error:
+        raise WeightError(f"{src} does not fit {what}: {error}") from None
+
+
+def _write(src: Path, what: str, dst: Path, parts: list[Part], dtype: torch.dtype | None, overwrite: bool) -> None:
+    try:
+        writing.check_all(parts)
+    except WeightError as error:
+        raise WeightError(f"{src} does not fit {what}: {error}") from None
+    with writing.staged(dst, overwrite=overwrite) as folder:
+        try:
+            writing.write_parts(folder, parts, dtype)
+        except WeightError as error:
+            raise WeightError(f"{src} does not fit {what}: {error}") from None
+
+
+def _check_codec(codec: Codec, config: ModelConfig) -> None:
+    if codec.vocab_size != config.image_vocab:
+        raise WeightError(
+            f"got an image tokenizer of {codec.vocab_size} codes, expected the model's {config.image_vocab}"
+        )
+
+
+def _caption_tokenizer(path: Path, family: str, config: ModelConfig) -> str:
+    tokenizer = bpe.read(path, family)
+    highest = max(tokenizer.get_vocab().values())
+    if highest >= config.text_vocab:
+        raise WeightError(f"got tokenizer {path} with ids up to {highest}, expected less than {config.text_vocab}")
+    return str(tokenizer.to_str(pretty=False))
+
+
+def _notes(family: str, digests: dict[str, str], options: dict[str, Any]) -> str:
+    """Where a model came from."""
     notes = {
-        "source": src.name,
-        "sha256": digest,
         "family": family,
-        "options": options,
+        "sources": digests,
+        "options": {name: value for name, value in options.items() if value is not None},
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "torch": torch.__version__,
     }
-    weights.save(dst / "model.safetensors", state)
-    weights.write_text(dst / "notes.json", json.dumps(notes, indent=2) + "\n")
-    weights.write_text(dst / "config.json", config.to_json())  # last: a folder with a config is complete
-    return config
+    return json.dumps(notes, indent=2) + "\n"
