@@ -69,6 +69,11 @@ struct CudaLinearParams {
   const float* scale;         // in packed order, or null: multiplies a sum before the bias
   int32_t* counters;          // [packed outputs / 16], zero before and after
   void* workspace;            // skinny_linear_workspace bytes
+  // What joins x first, or null: x becomes x + layer_norm(branch), which is also written to `sum`.
+  const void* branch;          // [rows, inputs]
+  const float* branch_weight;  // [inputs]
+  const float* branch_bias;    // [inputs]
+  void* sum;                   // [rows, inputs]
   DType weight_dtype;
   int32_t multiprocessors;  // thread blocks to share the work
   int32_t shared_limit;     // bytes of shared memory that a block may have

@@ -64,7 +64,7 @@ struct Kernel {
     start_next_kernel();
     wait_for_previous_kernel();
     if constexpr (kResident) {
-      load_rows<T>(p.call.linear, p.padded_inputs, xs, sums);
+      load_rows<T>(p.call, p.padded_inputs, xs, sums, blockIdx.x == 0);
     } else {
       for (int i = 0; i < kDepth - 1; ++i) {
         if (first + i < last) fetch_x(i);
@@ -249,7 +249,7 @@ __global__ void __launch_bounds__(kThreads, 2) linear(const __grid_constant__ De
   Kernel<T, kW, kTiles, kResident>(p, ring, scales, xs).run(sums);
 }
 
-// One thread block a row: p.prepared = norm(x), zero beyond the inputs.
+// One thread block a row: p.prepared = norm(x) as load_rows says, zero beyond the inputs.
 template <class T>
 __global__ void __launch_bounds__(kThreads, 2) prepare(const __grid_constant__ DeviceParams p) {
   start_next_kernel();
@@ -257,10 +257,12 @@ __global__ void __launch_bounds__(kThreads, 2) prepare(const __grid_constant__ D
   shared<unsigned char> memory = dynamic_shared();
   const shared<float> sums = carve<float>(memory, kSums);
   const shared<uint4> xs = carve<uint4>(memory, p.padded_inputs / 8);
-  SkinnyLinearParams one = p.call.linear;
-  one.rows = 1;
-  one.x = static_cast<const T*>(one.x) + static_cast<int64_t>(blockIdx.x) * one.inputs;
-  load_rows<T>(one, p.padded_inputs, xs, sums);
+  CudaLinearParams one = p.call;
+  const int64_t row = static_cast<int64_t>(blockIdx.x) * one.linear.inputs;
+  one.linear.rows = 1;
+  one.linear.x = static_cast<const T*>(one.linear.x) + row;
+  if (one.branch) one.branch = static_cast<const T*>(one.branch) + row, one.sum = static_cast<T*>(one.sum) + row;
+  load_rows<T>(one, p.padded_inputs, xs, sums, true);
   uint4* to = static_cast<uint4*>(p.prepared) + static_cast<int64_t>(blockIdx.x) * (p.padded_inputs / 8);
   for (int i = threadIdx.x; i < p.padded_inputs / 8; i += kThreads) store(to + i, static_cast<uint4>(xs[i]));
 }
@@ -300,7 +302,7 @@ Plan plan_of(const CudaLinearParams& call) {
                         : plan.tiles == 2 ? shared_bytes<kW, 2, false>(plan)
                         : plan.tiles == 4 ? shared_bytes<kW, 4, false>(plan)
                                           : shared_bytes<kW, 8, false>(plan);
-  plan.prepare = !plan.resident && (l.norm_weight || l.inputs % 8);
+  plan.prepare = !plan.resident && (l.norm_weight || call.branch || l.inputs % 8);
   return plan;
 }
 

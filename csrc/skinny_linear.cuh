@@ -81,16 +81,16 @@ __device__ __forceinline__ int x_place(int piece, int row, int rows) {
 }
 
 // 8 inputs of a row, zero beyond the last input. Rows were written by the previous kernel: not by way of the L1 cache.
-__device__ __forceinline__ uint4 load_piece(const SkinnyLinearParams& l, int row, int piece) {
-  const uint16_t* from = static_cast<const uint16_t*>(l.x) + static_cast<int64_t>(row) * l.inputs + piece * 8;
-  if (l.inputs % 8 == 0)
-    return piece * 8 < l.inputs ? load_from_l2(reinterpret_cast<const uint4*>(from)) : make_uint4(0, 0, 0, 0);
+__device__ __forceinline__ uint4 load_piece(const void* rows, int inputs, int row, int piece) {
+  const uint16_t* from = static_cast<const uint16_t*>(rows) + static_cast<int64_t>(row) * inputs + piece * 8;
+  if (inputs % 8 == 0)
+    return piece * 8 < inputs ? load_from_l2(reinterpret_cast<const uint4*>(from)) : make_uint4(0, 0, 0, 0);
   uint32_t pair[4];
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
     const int k = piece * 8 + 2 * i;
-    pair[i] = k < l.inputs ? load_from_l2(from + 2 * i) : 0u;
-    if (k + 1 < l.inputs) pair[i] |= uint32_t{load_from_l2(from + 2 * i + 1)} << 16;
+    pair[i] = k < inputs ? load_from_l2(from + 2 * i) : 0u;
+    if (k + 1 < inputs) pair[i] |= uint32_t{load_from_l2(from + 2 * i + 1)} << 16;
   }
   return make_uint4(pair[0], pair[1], pair[2], pair[3]);
 }
@@ -112,31 +112,17 @@ __device__ __forceinline__ float sum_of_warps(shared<const float> sums) {
   return total;
 }
 
-// Up to 8 rows of x (without a norm: any number) into shared memory, normalised if there is a norm. In float32: the mean
-// first, then the squares of what differs from it.
-template <class T>
-__device__ void load_rows(const SkinnyLinearParams& l, int padded_inputs, shared<uint4> xs, shared<float> sums) {
-  constexpr int kBatch = 4;  // loads in flight
-  const int pieces = padded_inputs / 8, count = l.rows * pieces, thread = threadIdx.x;
-  for (int first = thread; first < count; first += kThreads * kBatch) {
-    uint4 v[kBatch];
-#pragma unroll
-    for (int i = 0; i < kBatch; ++i) {
-      const int at = min(first + i * kThreads, count - 1);
-      v[i] = load_piece(l, at / pieces, at % pieces);
-    }
-#pragma unroll
-    for (int i = 0; i < kBatch; ++i) {
-      const int at = first + i * kThreads;
-      if (at < count) xs[x_place(at % pieces, at / pieces, l.rows)] = v[i];
-    }
-  }
-  __syncthreads();
-  if (!l.norm_weight) return;
+// norm(v) for rows v in shared memory, each piece of 8 replaced by what finish(row, piece, norm) makes of it. In float32: the
+// mean first, then the squares of what differs from it.
+template <class T, class F>
+__device__ __forceinline__ void normalise(const SkinnyLinearParams& l, int pieces, shared<uint4> xs, shared<float> sums,
+                                          const float* norm_weight, const float* norm_bias, F finish) {
+  const int thread = threadIdx.x;
+  const float inputs = static_cast<float>(l.inputs);
   float x[8];
   for (int pass = 0; pass < 2; ++pass) {
     for (int row = 0; row < l.rows; ++row) {
-      const float mean = pass ? sum_of_warps(sums + row * kWarps) / static_cast<float>(l.inputs) : 0;
+      const float mean = pass ? sum_of_warps(sums + row * kWarps) / inputs : 0;
       float sum = 0;
       for (int piece = thread; piece < pieces; piece += kThreads) {
         unpack_piece<T>(xs[x_place(piece, row, l.rows)], x);
@@ -152,23 +138,59 @@ __device__ void load_rows(const SkinnyLinearParams& l, int padded_inputs, shared
   for (int piece = thread; piece < pieces; piece += kThreads) {
     float weight[8], bias[8];
 #pragma unroll
-    for (int i = 0; i < 8; ++i) {
+    for (int i = 0; i < 8; ++i) {  // zero beyond the inputs
       const int k = piece * 8 + i;
-      weight[i] = k < l.inputs ? load(l.norm_weight + k) : 0;
-      bias[i] = k < l.inputs && l.norm_bias ? load(l.norm_bias + k) : 0;
+      weight[i] = k < l.inputs ? load(norm_weight + k) : 0;
+      bias[i] = k < l.inputs && norm_bias ? load(norm_bias + k) : 0;
     }
     for (int row = 0; row < l.rows; ++row) {
-      const float count_of_inputs = static_cast<float>(l.inputs);
-      const float mean = sum_of_warps(sums + row * kWarps) / count_of_inputs;
-      const float scale = rsqrtf(sum_of_warps(sums + (8 + row) * kWarps) / count_of_inputs + l.norm_eps);
+      const float mean = sum_of_warps(sums + row * kWarps) / inputs;
+      const float scale = rsqrtf(sum_of_warps(sums + (8 + row) * kWarps) / inputs + l.norm_eps);
       const int at = x_place(piece, row, l.rows);
       unpack_piece<T>(xs[at], x);
 #pragma unroll
       for (int i = 0; i < 8; ++i) x[i] = (x[i] - mean) * scale * weight[i] + bias[i];
+      finish(row, piece, x);
       xs[at] = make_uint4(pack<T>(x[0], x[1]), pack<T>(x[2], x[3]), pack<T>(x[4], x[5]), pack<T>(x[6], x[7]));
     }
   }
   __syncthreads();
+}
+
+// The rows that are multiplied, at most 8 if there is a norm, into shared memory: norm(x), or norm(x + branch_norm(branch)),
+// and then x + branch_norm(branch) to `sum`, if this block is to write it.
+template <class T>
+__device__ void load_rows(const CudaLinearParams& call, int padded_inputs, shared<uint4> xs, shared<float> sums, bool writes) {
+  constexpr int kBatch = 4;  // loads in flight
+  const SkinnyLinearParams& l = call.linear;
+  const int pieces = padded_inputs / 8, count = l.rows * pieces;
+  for (int first = threadIdx.x; first < count; first += kThreads * kBatch) {
+    uint4 v[kBatch];
+#pragma unroll
+    for (int i = 0; i < kBatch; ++i) {
+      const int at = min(first + i * kThreads, count - 1);
+      v[i] = load_piece(call.branch ? call.branch : l.x, l.inputs, at / pieces, at % pieces);
+    }
+#pragma unroll
+    for (int i = 0; i < kBatch; ++i) {
+      const int at = first + i * kThreads;
+      if (at < count) xs[x_place(at % pieces, at / pieces, l.rows)] = v[i];
+    }
+  }
+  __syncthreads();
+  if (call.branch)
+    normalise<T>(l, pieces, xs, sums, call.branch_weight, call.branch_bias, [&](int row, int piece, float(&v)[8]) {
+      float x[8];
+      unpack_piece<T>(load_piece(l.x, l.inputs, row, piece), x);
+      T* to = static_cast<T*>(call.sum) + static_cast<int64_t>(row) * l.inputs + piece * 8;
+#pragma unroll
+      for (int i = 0; i < 8; ++i) {
+        v[i] += x[i];
+        if (writes && piece * 8 + i < l.inputs) store(to + i, from_float<T>(v[i]));
+      }
+    });
+  if (l.norm_weight)
+    normalise<T>(l, pieces, xs, sums, l.norm_weight, l.norm_bias, [](int, int, float(&)[8]) {});
 }
 
 // x (1 + tanh u) / 2 = x / (1 + e^-2u) with u = sqrt(2/pi) (x + 0.044715 x³)

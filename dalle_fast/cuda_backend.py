@@ -15,7 +15,7 @@ from torch import Tensor
 
 from dalle_fast.backends import Call
 from dalle_fast.masks import Mask
-from dalle_fast.packing import PackedWeight
+from dalle_fast.packing import Branch, PackedWeight
 
 DTYPES = {torch.bfloat16: "bfloat16", torch.float16: "float16", torch.float32: "float32"}
 HEAD_DIMS = (64, 128)
@@ -205,6 +205,7 @@ def skinny_linear(
     norm_eps: float,
     epilogue: str,
     parts: int,
+    branch: Branch | None = None,
 ) -> Tensor:
     """One launch; two where rows are so many that LayerNorm is one of its own (csrc/skinny_linear.cu)."""
     if weight.kind not in ("int8", "int4", DTYPES[x.dtype]):
@@ -215,12 +216,16 @@ def skinny_linear(
     y = torch.empty(parts, x.shape[0], weight.outputs // parts, dtype=x.dtype, device=x.device)
     sizes = [x.shape[0], weight.inputs, weight.outputs, parts, device.multiprocessors, device.shared_limit]
     names = (epilogue, DTYPES[x.dtype], weight.kind)
-    needed = kernels().skinny_linear_workspace(sizes, norm_weight is not None, *names)
+    needed = kernels().skinny_linear_workspace(sizes, norm_weight is not None or branch is not None, *names)
     workspace = torch.empty(needed, dtype=torch.uint8, device=x.device)
+    joined: tuple[Tensor | None, ...] = (None,) * 4
+    if branch is not None:
+        assert branch.sum.is_contiguous()
+        joined = (dense(branch.rows), branch.weight.float(), branch.bias.float(), branch.sum)
     norm = [None if v is None else v.float().contiguous() for v in (norm_weight, norm_bias)]
     tensors = (
         dense(x), weight.data, weight.bias, None if residual is None else residual.contiguous(), *norm, y, weight.scale,
-        weight.counters, workspace,
+        weight.counters, workspace, *joined,
     )  # fmt: skip
     with on(x):
         kernels().skinny_linear(

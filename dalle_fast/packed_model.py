@@ -1,7 +1,8 @@
 """The model for decoding small batches on a GPU: linear layers by skinny_linear, from 16-bit, int8 or int4 weights.
 
-A layer of the plain kind is five launches: norm + qkv, attention, out + residual, norm + up + activation, down + residual.
-More are: token shift, rotary positions and a sandwich norm's second LayerNorm, each by PyTorch's own operations.
+A layer is five launches: norm + qkv, attention, out + residual, norm + up + activation, down + residual. A sandwich norm's
+second LayerNorm and its residual are part of the next launch. Token shift and rotary positions are PyTorch's own operations,
+several more, and so is the second LayerNorm where token shift or a reversible layer stands between.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from dalle_fast.config import ModelConfig
 from dalle_fast.cpu_engine import WeightFile, _floats, _last_rows, _norm
 from dalle_fast.linear import MAX_ROWS, skinny_linear
 from dalle_fast.model import Block, DalleModel, rotate
-from dalle_fast.packing import KINDS, PackedWeight, pack
+from dalle_fast.packing import KINDS, Branch, PackedWeight, pack
 from dalle_fast.passes import Pass
 from dalle_fast.quantize import Int4, Int8, Quantized
 
@@ -29,6 +30,7 @@ MAX_SKINNY_ROWS = 4 * MAX_ROWS
 
 State = Mapping[str, "Tensor | Quantized"]
 Norm = tuple[Tensor, Tensor]
+Waiting = tuple[Tensor, Norm]  # what a branch gave, and the norm after which it joins the residual stream
 
 
 def why_not(kind: str, device: str, backend: str = "auto") -> str | None:
@@ -105,6 +107,12 @@ class PackedModel(DalleModel):
                 a = layer.attention(b, a, run)
                 b = layer.mlp(a, b, run)
             return self.finish((a + b) / 2)
+        if self.config.sandwich_norm and not self.config.token_shift:
+            waiting: Waiting | None = None
+            for layer in self.layers:
+                x, waiting = layer.sandwich(x, waiting, run)
+            assert waiting is not None
+            return self.finish(x + F.layer_norm(waiting[0], x.shape[-1:], *waiting[1], self.config.norm_eps))
         for layer in self.layers:
             x = layer.attention(x, x, run)
             x = layer.mlp(x, x, run)
@@ -133,24 +141,37 @@ class PackedLinear:
         self.weight, self.norm, self.norm_eps, self.epilogue = weight, norm, norm_eps, epilogue
 
     def __call__(self, x: Tensor, residual: Tensor | None = None, parts: int | None = None) -> Tensor:
-        """[..., K] -> [..., O]; with parts [rows, K] -> [parts, rows, O / parts]."""
+        """[..., K] -> [..., O]; with parts -> [parts, rows, O / parts]."""
         rows = x.reshape(-1, x.shape[-1])
-        added = None if residual is None else residual.reshape(len(rows), -1)
-        if len(rows) > MAX_SKINNY_ROWS:
+        y = self._rows(rows, None if residual is None else residual.reshape(len(rows), -1), parts, None)
+        return y if parts else y[0].view(*x.shape[:-1], -1)
+
+    def after(self, x: Tensor, waiting: Waiting | None, parts: int | None = None) -> tuple[Tensor, Tensor]:
+        """(x + norm(branch), this layer of it) for waiting = (branch, its norm)."""
+        if waiting is None:
+            return x, self(x, parts=parts)
+        rows = x.reshape(-1, x.shape[-1])
+        total = torch.empty_like(rows)
+        y = self._rows(rows, None, parts, Branch(waiting[0].reshape(rows.shape), *waiting[1], total))
+        return total.view(x.shape), y if parts else y[0].view(*x.shape[:-1], -1)
+
+    def _rows(self, x: Tensor, residual: Tensor | None, parts: int | None, branch: Branch | None) -> Tensor:
+        """[rows, K] -> [parts, rows, O / parts]."""
+        if len(x) > MAX_SKINNY_ROWS:
             weight, bias = self.norm or (None, None)
-            y = torch_backend.skinny_linear(
-                rows, self.weight, added, weight, bias, self.norm_eps, self.epilogue, parts or 1
+            return torch_backend.skinny_linear(
+                x, self.weight, residual, weight, bias, self.norm_eps, self.epilogue, parts or 1, branch
             )
-            return y if parts else y[0].view(*x.shape[:-1], -1)
-        pieces = [
-            skinny_linear(
-                piece, self.weight, norm=self.norm, norm_eps=self.norm_eps, epilogue=self.epilogue, parts=parts,
-                residual=None if added is None else added[i * MAX_ROWS : i * MAX_ROWS + len(piece)],
-            )
-            for i, piece in enumerate(torch.split(rows, MAX_ROWS))
-        ]  # fmt: skip
-        y = pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=1 if parts else 0)
-        return y if parts else y.view(*x.shape[:-1], -1)
+        pieces = []
+        for first in range(0, len(x), MAX_ROWS):
+            of = slice(first, first + MAX_ROWS)
+            joined = None if branch is None else Branch(branch.rows[of], branch.weight, branch.bias, branch.sum[of])
+            piece = skinny_linear(
+                x[of], self.weight, norm=self.norm, norm_eps=self.norm_eps, epilogue=self.epilogue, branch=joined,
+                residual=None if residual is None else residual[of], parts=parts or 1,
+            )  # fmt: skip
+            pieces.append(piece)
+        return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=1)
 
 
 class PackedLayer:
@@ -188,20 +209,29 @@ class PackedLayer:
         self.attention_norm_out, self.mlp_norm_out = norm_out("attention"), norm_out("mlp")
 
     def attention(self, x: Tensor, residual: Tensor, run: Pass) -> Tensor:
-        config, (batch, n, _) = self.config, x.shape
-        if config.token_shift:
+        if self.config.token_shift:
             x = run.shift(2 * self.block.index, self.block.attention_norm(x))
+        return self._add(self.out, self._attend(self.qkv(x, parts=3), x, run), residual, self.attention_norm_out)
+
+    def _attend(self, qkv: Tensor, x: Tensor, run: Pass) -> Tensor:
+        config, (batch, n, _) = self.config, x.shape
         # Three blocks, so that of a single cell queries, keys and values are contiguous, as attention wants them.
-        q, k, v = self.qkv(x, parts=3).view(3, batch, n, config.heads, config.head_dim).transpose(2, 3).unbind(0)
+        q, k, v = qkv.view(3, batch, n, config.heads, config.head_dim).transpose(2, 3).unbind(0)
         if run.rotary is not None:
             q, k, v = (rotate(y, run.rotary) for y in (q, k, v))
-        h = run.attend(self.block.index, q, k, v).transpose(1, 2).reshape(batch, n, -1)
-        return self._add(self.out, h, residual, self.attention_norm_out)
+        return run.attend(self.block.index, q, k, v).transpose(1, 2).reshape(batch, n, -1)
 
     def mlp(self, x: Tensor, residual: Tensor, run: Pass) -> Tensor:
         if self.config.token_shift:
             x = run.shift(2 * self.block.index + 1, self.block.mlp_norm(x))
         return self._add(self.down, self.up(x), residual, self.mlp_norm_out)
+
+    def sandwich(self, x: Tensor, waiting: Waiting | None, run: Pass) -> tuple[Tensor, Waiting]:
+        """The layer of a model with sandwich norms: each branch joins where the next one starts."""
+        assert self.attention_norm_out is not None and self.mlp_norm_out is not None
+        x, qkv = self.qkv.after(x, waiting, parts=3)
+        x, h = self.up.after(x, (self.out(self._attend(qkv, x, run)), self.attention_norm_out))
+        return x, (self.down(h), self.mlp_norm_out)
 
     def _add(self, last: PackedLinear, h: Tensor, residual: Tensor, norm_out: Norm | None) -> Tensor:
         if norm_out is None:

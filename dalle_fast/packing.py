@@ -15,6 +15,7 @@ Within 32 inputs lane t of a quad owns inputs 8t … 8t + 7, four for each of tw
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -66,6 +67,15 @@ class PackedWeight:
             return x[: self.outputs]
         pairs = x.view(-1, 2, TILE // 2, *x.shape[1:]).transpose(0, 1).flatten(1, 2)  # [2, blocks * 64, …]
         return pairs[:, : self.outputs].flatten(0, 1)
+
+
+class Branch(NamedTuple):
+    """What joins the rows x that a weight multiplies, first: x becomes x + layer_norm(rows), and is written to `sum`."""
+
+    rows: Tensor  # like x
+    weight: Tensor  # [K]
+    bias: Tensor  # [K]
+    sum: Tensor  # like x, overwritten
 
 
 def pack(

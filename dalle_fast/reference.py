@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from dalle_fast.masks import Mask
-from dalle_fast.packing import PackedWeight
+from dalle_fast.packing import Branch, PackedWeight
 
 
 def sparse_attention(q: Tensor, k: Tensor, v: Tensor, mask: str) -> tuple[Tensor, Tensor]:
@@ -78,11 +78,13 @@ def skinny_linear(
     norm_eps: float,
     epilogue: str,
     parts: int,
+    branch: Branch | None = None,
 ) -> Tensor:
     """epilogue(layer_norm(x) Wᵀ + bias) + residual, W as packed; x [B, K] -> [parts, B, O / parts]. See linear.py."""
+    if branch is not None:
+        x = branch.sum.copy_(x + layer_norm(branch.rows, branch.weight, branch.bias, norm_eps))
     if norm_weight is not None:
-        x = (x - x.mean(1, keepdim=True)) / (x.var(1, keepdim=True, correction=0) + norm_eps).sqrt()
-        x = x * norm_weight.to(x.dtype) + (0 if norm_bias is None else norm_bias.to(x.dtype))
+        x = layer_norm(x, norm_weight, norm_bias, norm_eps)
     y = x @ weight.dequantize(x.dtype).T
     if weight.bias is not None:
         y = y + weight.rows(weight.bias).to(x.dtype)
@@ -96,8 +98,44 @@ def skinny_linear(
     return y.view(len(y), parts, -1).transpose(0, 1)
 
 
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:
+    x = (x - x.mean(1, keepdim=True)) / (x.var(1, keepdim=True, correction=0) + eps).sqrt()
+    return x * weight.to(x.dtype) + (0 if bias is None else bias.to(x.dtype))
+
+
 def gelu(x: Tensor) -> Tensor:
     return x * (1 + torch.erf(x / math.sqrt(2))) / 2
+
+
+def decode_attention_fp8(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    prefix_k: Tensor,
+    prefix_v: Tensor,
+    tail_k: Tensor,
+    tail_v: Tensor,
+    scale_k: Tensor,
+    scale_v: Tensor,
+    position: Tensor,
+    mask: str,
+) -> Tensor:
+    """decode_attention whose tails hold e4m3 codes, a value being code x scale of its head [H]. The cells being appended are
+    read as they come; what is kept of them are the codes."""
+    cells = position.view(1).cpu() + torch.arange(q.shape[2])
+    slots = torch.from_numpy(Mask.parse(mask).decode_tables(tail_k.shape[2]).slot_of_cell)[cells].long().to(q.device)
+    wide_k, wide_v = (
+        tail.to(q.dtype) * scale.to(q.dtype)[:, None, None] for tail, scale in ((tail_k, scale_k), (tail_v, scale_v))
+    )
+    out = decode_attention(q, k, v, prefix_k, prefix_v, wide_k, wide_v, position, mask)
+    for tail, new, scale in ((tail_k, k, scale_k), (tail_v, v, scale_v)):
+        tail.view(torch.uint8)[:, :, slots] = e4m3(new, scale).view(torch.uint8)
+    return out
+
+
+def e4m3(x: Tensor, scale: Tensor) -> Tensor:
+    """x [B, H, n, D] -> the codes nearest to x / scale, scale [H]; magnitudes above 448 x scale are cut off there."""
+    return (x.float() / scale[:, None, None]).clamp(-448, 448).to(torch.float8_e4m3fn)
 
 
 def philox(seed: int, candidate: int, position: int, count: int) -> np.ndarray:

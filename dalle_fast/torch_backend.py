@@ -17,7 +17,8 @@ from torch import Tensor
 
 from dalle_fast.backends import Call
 from dalle_fast.masks import Mask
-from dalle_fast.packing import PackedWeight
+from dalle_fast.packing import Branch, PackedWeight
+from dalle_fast.reference import e4m3
 
 TILE = 32  # a row or a column of the usual grid: larger tiles do more masked work, smaller ones more calls
 
@@ -278,8 +279,12 @@ def skinny_linear(
     norm_eps: float,
     epilogue: str,
     parts: int,
+    branch: Branch | None = None,
 ) -> Tensor:
     """By the whole weight, in x's type: as slow as unpacking is, and exact about what is packed."""
+    if branch is not None:
+        vectors = (branch.weight.to(x.dtype), branch.bias.to(x.dtype))
+        x = branch.sum.copy_(x + F.layer_norm(branch.rows, x.shape[1:], *vectors, norm_eps))
     if norm_weight is not None:
         norm_bias = None if norm_bias is None else norm_bias.to(x.dtype)
         x = F.layer_norm(x, x.shape[1:], norm_weight.to(x.dtype), norm_bias, norm_eps)
@@ -292,6 +297,42 @@ def skinny_linear(
         y = F.gelu(y, approximate="tanh" if epilogue == "gelu_tanh" else "none")
     y = y if residual is None else residual + y
     return y.view(len(y), parts, -1).transpose(0, 1)
+
+
+def decode_attention_fp8(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    prefix_k: Tensor,
+    prefix_v: Tensor,
+    tail_k: Tensor,
+    tail_v: Tensor,
+    scale_k: Tensor,
+    scale_v: Tensor,
+    position: Tensor,
+    mask: str,
+) -> Tensor:
+    """By the neighbours' codes, gathered and widened: a tail [B, H, n * neighbours, D] of which every cell is read."""
+    batch, heads, n, dim = q.shape
+    prompts = prefix_k.shape[0]
+    reads = _reads(Mask.parse(mask), tail_k.shape[2], q.device)
+    cells = position.view(1) + torch.arange(n, device=q.device)
+    own, near = reads.slot_of_cell[cells], reads.slots[cells].view(-1)  # [n], [n * m]
+    same = near[:, None] == own  # [n * m, n]: which of the new cells a slot is about to hold
+    fresh, which = same.any(1)[:, None], same.int().argmax(1)
+    wide = []
+    for tail, new, scale in ((tail_k, k, scale_k), (tail_v, v, scale_v)):
+        codes = tail.view(torch.uint8)
+        kept = codes[:, :, near].view(torch.float8_e4m3fn).to(q.dtype) * scale.to(q.dtype)[:, None, None]
+        wide.append(torch.where(fresh, new[:, :, which], kept).view(batch, heads * n, -1, dim))
+        codes.index_copy_(2, own, e4m3(new, scale).view(torch.uint8))
+    rows = q.view(prompts, -1, heads, n, dim).transpose(1, 2).reshape(prompts, heads, -1, dim)
+    out, lse = _piece(rows, prefix_k, prefix_v)
+    out = out.view(prompts, heads, -1, n, dim).transpose(1, 2).reshape(batch, heads, n, dim)
+    lse = lse.view(prompts, heads, -1, n).transpose(1, 2).reshape(batch, heads, n)
+    bias = reads.bias[cells].to(q.dtype).repeat(heads, 1)[None, :, None].expand(batch, -1, -1, -1)
+    near_out, near_lse = _piece(q.reshape(batch, heads * n, 1, dim), wide[0], wide[1], bias=bias)
+    return _join((out, lse), (near_out.view(batch, heads, n, dim), near_lse.view(batch, heads, n)))[0]
 
 
 # Sampling.

@@ -86,7 +86,7 @@ class Launches(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize(("name", "most"), [("paper", 5), ("geglu", 5), ("reversible", 5), ("rudalle", 9)])
+@pytest.mark.parametrize(("name", "most"), [("paper", 5), ("geglu", 5), ("reversible", 5), ("rudalle", 5)])
 def test_launches_of_a_layer(name, most):
     model = random_model(**MODELS[name])
     packed = PackedModel(model, kind="int8", dtype=torch.float32)
@@ -100,10 +100,14 @@ def test_launches_of_a_layer(name, most):
             assert q.is_contiguous() and k.is_contiguous() and v.is_contiguous()  # or each would be copied
             return torch.lerp(q, k, 0.5)
 
-    x = torch.randn(3, 1, model.config.dim)
+    x, branch = torch.randn(2, 3, 1, model.config.dim)
     launches = Launches()
     with torch.inference_mode(), launches:
-        packed.layers[0].mlp(x, packed.layers[0].attention(x, x, Run()), Run())
+        if model.config.sandwich_norm:  # as in the middle of the model
+            packed.layers[0].sandwich(x, (branch, packed.layers[0].mlp_norm_out), Run())
+            launches.names = [n for n in launches.names if "empty" not in n and "fill_" not in n]  # conftest poisons
+        else:
+            packed.layers[0].mlp(x, packed.layers[0].attention(x, x, Run()), Run())
     assert len(launches.names) == most, launches.names
     assert launches.names.count("dalle_fast::skinny_linear") == 4
 

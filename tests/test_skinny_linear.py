@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from dalle_fast import backends
 from dalle_fast.cpu_backend import EPILOGUES, PackedLinear, kernels_why_not
 from dalle_fast.linear import skinny_linear
-from dalle_fast.packing import BLOCK, KINDS, RECORD, pack, record_bytes
+from dalle_fast.packing import BLOCK, KINDS, RECORD, Branch, pack, record_bytes
 from dalle_fast.quantize import quantize, relative_error
 
 
@@ -139,9 +139,11 @@ def test_the_reference_is_pytorch_in_float64():
 def test_opcheck(kind):
     x, packed, arguments = problem(3, 40, 70, kind, "gelu", True, True)
     weight, bias = arguments["norm"]
+    branch = (torch.randn_like(x), weight + 1, bias + 1, torch.zeros_like(x)) if kind == "int4" else (None,) * 4
     torch.library.opcheck(
         torch.ops.dalle_fast.skinny_linear.default,
-        (x, packed.data, packed.scale, packed.bias, packed.counters, arguments["residual"], weight, bias, kind, 40, 1e-5,
+        (x, packed.data, packed.scale, packed.bias, packed.counters, arguments["residual"], weight, bias,
+         *branch, kind, 40, 1e-5,
          "gelu", 1),
     )  # fmt: skip
 
@@ -155,6 +157,22 @@ def test_one_door_for_both_packings():
     assert "PackedLinear" in (backends.why_not("cpu", backends.Call("skinny_linear", "cpu", torch.float32, 0)) or "")
 
 
+@pytest.mark.parametrize("backend", ["torch", "reference"])
+def test_a_branch_joins_first(backend):
+    x, packed, arguments = problem(5, 84, 70, "int8", "gelu_tanh", norm=True, dtype=torch.float64)
+    rows, vectors = torch.randn_like(x), (torch.randn(70), torch.randn(70))
+    total = torch.empty_like(x)
+    with backends.use(backend):
+        got = skinny_linear(x, packed, branch=Branch(rows, *vectors, total), **arguments)
+        joined = x + F.layer_norm(rows, (70,), *(v.double() for v in vectors))
+        assert torch.allclose(total, joined, atol=1e-12)
+        assert torch.allclose(got, skinny_linear(joined, packed, **arguments), atol=1e-12)
+    with pytest.raises(ValueError, match=r"got branch \[4, 70\] torch.float64, expected \[5, 70\]"):
+        skinny_linear(x, packed, branch=Branch(rows[:4], *vectors, total))
+    with pytest.raises(ValueError, match=r"got branch norm bias \[69\], expected \[70\]"):
+        skinny_linear(x, packed, branch=Branch(rows, vectors[0], vectors[1][:69], total))
+
+
 def test_parts_are_columns_one_after_the_other():
     x, packed, arguments = problem(5, 84, 70, "int8", norm=True)
     whole = skinny_linear(x, packed, **arguments)
@@ -166,7 +184,10 @@ def test_refused_arguments():
     packed = pack(torch.randn(4, 6), kind="int8")
     x = torch.randn(2, 6)
     for parts in (0, 3):
-        with pytest.raises(ValueError, match=f"got parts={parts} for 4 outputs, expected a divisor"):
+        with pytest.raises(
+            ValueError,
+            match=f"got parts={parts} and no branch for 4 outputs packed as PackedWeight, expected a divisor",
+        ):
             skinny_linear(x, packed, parts=parts)
     for bad, words in (
         (torch.randn(2, 5), r"got x \[2, 5\] torch.float32, expected \[1 to 64, 6\]"),
@@ -189,7 +210,7 @@ def test_refused_arguments():
         skinny_linear(x.requires_grad_(), packed)
     with pytest.raises(ValueError, match=r"got a weight \[3\] packed as 'int8'"):
         torch.ops.dalle_fast.skinny_linear(
-            x.detach(), torch.empty(3), None, None, torch.empty(3), None, None, None, "int8", 4, 1e-5, "none", 1
+            x.detach(), torch.empty(3), None, None, torch.empty(3), *(None,) * 7, "int8", 4, 1e-5, "none", 1
         )
 
 

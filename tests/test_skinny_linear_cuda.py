@@ -8,7 +8,7 @@ from helpers import assert_close
 from dalle_fast import backends, cuda_backend
 from dalle_fast.cpu_backend import EPILOGUES
 from dalle_fast.linear import skinny_linear
-from dalle_fast.packing import KINDS, PackedWeight, pack
+from dalle_fast.packing import KINDS, Branch, PackedWeight, pack
 
 pytestmark = available
 ROWS = (1, 2, 7, 8, 9, 16, 33, 64)
@@ -32,7 +32,19 @@ def multiprocessors(monkeypatch):
     return set_to
 
 
-def check(machine, rows, outputs, inputs, kind, epilogue="none", norm=False, residual=False, parts=1, scaled=False):
+def check(
+    machine,
+    rows,
+    outputs,
+    inputs,
+    kind,
+    epilogue="none",
+    norm=False,
+    residual=False,
+    parts=1,
+    scaled=False,
+    joins=False,
+):
     dtype = torch.float16 if kind == "float16" else torch.bfloat16
     gates = 2 if epilogue == "geglu" else 1
     packed = pack(
@@ -42,20 +54,36 @@ def check(machine, rows, outputs, inputs, kind, epilogue="none", norm=False, res
     x = (torch.randn(rows, inputs) * 2 + 1).to(dtype)
     added = torch.randn(rows, outputs).to(dtype) if residual else None
     vectors = (torch.rand(inputs) + 0.5, torch.randn(inputs)) if norm else (None, None)
+    branch = (None,) * 4
+    if joins:
+        branch = (
+            (torch.randn(rows, inputs) * 3 - 1).to(dtype),
+            torch.rand(inputs),
+            torch.randn(inputs),
+            torch.zeros_like(x),
+        )
 
-    def call(x, data, scale, bias, counters, *others):
-        weight = PackedWeight(data, scale, bias, counters, kind, inputs, outputs, gates == 2)
-        return cuda_backend.skinny_linear(x, weight, *others)
+    def call(x, data, scale, bias, counters, added, norm_weight, norm_bias, branch, weight, bias_of_branch, total):
+        packed = PackedWeight(data, scale, bias, counters, kind, inputs, outputs, gates == 2)
+        joined = None if branch is None else Branch(branch, weight, bias_of_branch, total)
+        return cuda_backend.skinny_linear(x, packed, added, norm_weight, norm_bias, 1e-5, epilogue, parts, joined)
 
     counters = packed.counters.clone()
-    got = machine(call, x, packed.data, packed.scale, packed.bias, counters, added, *vectors, 1e-5, epilogue, parts)
+    got = machine(call, x, packed.data, packed.scale, packed.bias, counters, added, *vectors, *branch)
     assert not counters.any()
-    options = {"norm": vectors if norm else None, "epilogue": epilogue, "residual": added}
+    options = {"norm": vectors if norm else None, "epilogue": epilogue}
+    plain_branch, exact_branch = None, None
+    if joins:
+        plain_branch = Branch(*branch[:3], torch.empty_like(x))
+        exact_branch = Branch(*(v.double() for v in branch[:3]), torch.empty_like(x, dtype=torch.float64))
     with backends.use("torch"):
-        plain = skinny_linear(x, packed, **options)
+        plain = skinny_linear(x, packed, residual=added, branch=plain_branch, **options)
     with backends.use("reference"):
-        oracle = skinny_linear(x.double(), packed, **options | {"residual": None if added is None else added.double()})
+        wide = None if added is None else added.double()
+        oracle = skinny_linear(x.double(), packed, residual=wide, branch=exact_branch, **options)
     assert_close(got.transpose(0, 1).reshape(rows, outputs), plain, oracle)
+    if joins:
+        assert_close(branch[3], plain_branch.sum, exact_branch.sum, what="sum")
     return got
 
 
@@ -91,12 +119,26 @@ def test_odd_sizes(machine, kind, outputs, inputs, rows):
 def test_sums_shared_by_blocks(machine, multiprocessors, kind, count):
     """One block with all tiles, shares that end anywhere in a sum, a block for each stage."""
     multiprocessors(count)
-    got = [check(machine, rows, 300, 900, kind, norm=True, residual=True) for rows in (2, 10)]
-    torch.manual_seed(0)
-    assert all(
-        torch.equal(a, check(machine, rows, 300, 900, kind, norm=True, residual=True))
-        for a, rows in zip(got[:1], (2,), strict=True)
-    )
+    for rows in (2, 10):
+        check(machine, rows, 300, 900, kind, norm=True, residual=True)
+
+
+def test_a_result_does_not_depend_on_the_order_of_blocks(multiprocessors):
+    multiprocessors(13)
+    results = []
+    for order in ("forwards", "backwards"):
+        torch.manual_seed(0)
+        results.append(check(Machine(order), 5, 300, 900, "int8", norm=True))
+    assert torch.equal(*results)
+
+
+@machines
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_branch_joins_first(machine, multiprocessors, kind):
+    multiprocessors(3)
+    for rows, outputs, inputs in ((1, 200, 136), (8, 60, 137), (9, 130, 264), (10, 20, 133)):
+        check(machine, rows, outputs, inputs, kind, "gelu", norm=True, joins=True)
+    check(machine, 3, 50, 64, kind, joins=True)
 
 
 @machines
