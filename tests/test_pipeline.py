@@ -1,0 +1,92 @@
+"""Pipeline: the worked example of docs/usage.md, and what it promises beyond the command line."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_model import write_tiny_clip, write_tiny_model
+
+from dalle_fast import Pipeline, SamplingSettings
+from dalle_fast.pipeline import DEMO, order
+
+ROOT = Path(__file__).resolve().parent.parent
+CAPTION = "a red cube"
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = write_tiny_model(tmp_path_factory.mktemp("tiny"))
+    write_tiny_clip(folder / "clip")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def pipeline(model: Path) -> Pipeline:
+    return Pipeline.load(model, device="cpu")
+
+
+def test_the_worked_example_runs(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Word for word, with the tiny model in the place of the bundled one, which takes longer."""
+    blocks = re.findall(r"^```python\n(.*?)^```", (ROOT / "docs/usage.md").read_text(), re.MULTILINE | re.DOTALL)
+    assert len(blocks) == 7
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("dalle_fast.pipeline.DEMO", model)
+    namespace: dict[str, object] = {}
+    for block in blocks:
+        exec(compile(block, "docs/usage.md", "exec"), namespace)
+    assert {"first.png", "growing.png", "run"} == {p.name for p in tmp_path.iterdir()}
+    assert namespace["rows"] == 8 and sum(namespace["shares"]) == pytest.approx(1)  # type: ignore[call-overload]
+    assert (tmp_path / "run/0001/sheet.png").exists()
+
+
+@pytest.mark.skipif(not (DEMO / "model.safetensors").exists(), reason="the bundled model's weights are not here")
+def test_the_bundled_model_draws() -> None:
+    picture = next(Pipeline.load(device="cpu").sample("a red circle above a blue square", 1))
+    assert picture.image.size == (256, 256) and len(set(picture.tokens.tolist())) > 8
+
+
+def test_a_stream_ends_with_the_pictures_of_sample(pipeline: Pipeline) -> None:
+    settings = SamplingSettings(seed=4)
+    expected = list(pipeline.sample(CAPTION, 3, settings, first=2))
+    grown = list(pipeline.stream(CAPTION, 3, settings, first=2))
+    assert [len(pictures) for pictures in grown] == [3] * 8
+    for last, picture in zip(grown[-1], expected, strict=True):
+        assert torch.equal(last.tokens, picture.tokens) and last.candidate == picture.candidate
+        assert last.image.tobytes() == picture.image.tobytes()
+        assert last.log_likelihood == pytest.approx(picture.log_likelihood)
+    for row, pictures in enumerate(grown):
+        assert torch.equal(pictures[1].tokens, expected[1].tokens[: 8 * (row + 1)])
+        assert row == 7 or pictures[1].image.getpixel((5, 63)) == (236, 238, 241)
+
+
+def test_a_stream_of_an_engine_whose_rounding_depends_on_the_batch(model: Path) -> None:
+    plain = Pipeline.load(model, device="cpu", backend="torch")
+    assert not plain.engine.batch_invariant
+    expected = list(plain.sample(CAPTION, 2))
+    *_, last = plain.stream(CAPTION, 2)
+    assert [p.tokens.tolist() for p in last] == [p.tokens.tolist() for p in expected]
+
+
+def test_order() -> None:
+    scores, likelihoods = [1.0, 3.0, 2.0, 0.0], [-1.0, -4.0, -3.0, -2.0]
+    assert order(scores, likelihoods, "clip") == [1, 2, 0, 3]
+    assert order(scores, likelihoods, "likelihood") == [0, 3, 2, 1]
+    assert order(scores, likelihoods, "both") == [0, 1, 2, 3]  # ranks 2+0, 0+3, 1+2, 3+1
+    assert order([None, None], [-2.0, -1.0], "likelihood") == [1, 0]
+    with pytest.raises(ValueError, match="got by='beauty'"):
+        order(scores, likelihoods, "beauty")
+
+
+def test_errors_of_use(pipeline: Pipeline) -> None:
+    pictures = list(pipeline.sample(CAPTION, 2))
+    with pytest.raises(ValueError, match="got keep=3, expected 1 to 2"):
+        pipeline.rank(pictures, by="likelihood", keep=3)
+    with pytest.raises(ValueError, match="got n=0"):
+        pipeline.stream(CAPTION, 0)
+    with pytest.raises(ValueError, match=r"expected {} where"):
+        pipeline.classify(pictures[0].image, ["a cube"], ["a photo"])
+    assert pipeline.rank([], by="clip") == []
+    assert torch.equal(pipeline.encode(pictures[0].image), pipeline.encode(pictures[0].image.convert("RGBA")))
