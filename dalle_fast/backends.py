@@ -20,7 +20,14 @@ import torch
 
 log = logging.getLogger(__name__)
 
-OPS = ("sparse_attention", "sparse_attention_backward", "decode_attention", "sample", "skinny_linear")
+OPS = (
+    "sparse_attention",
+    "sparse_attention_backward",
+    "decode_attention",
+    "decode_attention_fp8",
+    "sample",
+    "skinny_linear",
+)
 
 # In order of preference. Each module holds one function an op, with the op's signature, and why_not(call).
 MODULES = {

@@ -7,16 +7,23 @@ from torch import Tensor
 
 from dalle_fast.config import ModelConfig
 
+# Image keys may be larger than the text's: up to 8 times before they are cut off. It costs the small ones little, because
+# e4m3 has 15 binary orders of normal numbers below its largest.
+HEADROOM = 8
+
 
 class Cache:
     """Keys and values of `prompts` x `candidates` sequences that are being decoded.
 
     prefix_k, prefix_v  a layer: [prompts, heads, text_len, head_dim], shared by the candidates of a prompt
     tail_k, tail_v      a layer: [prompts * candidates, heads, slots, head_dim], slots from Mask.tail_slots(chunk)
+    scales              a layer: (of keys, of values), [heads] float32 each, where the tail is e4m3, else None
     shift               two a layer where the model shifts tokens: [prompts * candidates, width + chunk, dim // 2],
                         the channels that later cells borrow, in a ring
     position            [1] int64 on the device: the next cell. `chunk` cells at most are appended at a time.
 
+    fp8_tails: the longest tails, those with a slot a cell, hold e4m3 codes, a value being code x scale of its head: half the
+    bytes of bfloat16. The scales follow from the prefix.
     device="meta" allocates nothing: nbytes() then answers what a real one would hold.
     """
 
@@ -28,6 +35,7 @@ class Cache:
         *,
         chunk: int = 1,
         dtype: torch.dtype = torch.float32,
+        fp8_tails: bool = False,
         device: torch.device | str = "cpu",
     ) -> None:
         if min(prompts, candidates) < 1:
@@ -36,13 +44,19 @@ class Cache:
         self.config, self.prompts, self.chunk = config, prompts, min(chunk, layout.cells)
         self.masks = config.masks()
 
-        def allocate(*shape: int) -> Tensor:
+        def allocate(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
             return torch.empty(shape, dtype=dtype, device=device)
 
         prefix = (prompts, config.heads, layout.text_len, config.head_dim)
         tails = [(batch, config.heads, mask.tail_slots(self.chunk), config.head_dim) for mask in self.masks]
         self.prefix_k, self.prefix_v = ([allocate(*prefix) for _ in tails] for _ in "kv")
-        self.tail_k, self.tail_v = ([allocate(*shape) for shape in tails] for _ in "kv")
+        narrow = [fp8_tails and shape[2] == config.cells for shape in tails]
+        kinds = [torch.float8_e4m3fn if small else dtype for small in narrow]
+        self.tail_k, self.tail_v = (
+            [allocate(*shape, dtype=kind) for shape, kind in zip(tails, kinds, strict=True)] for _ in "kv"
+        )
+        ones = [torch.ones(config.heads, device=device) if small else None for small in narrow]
+        self.scales = [None if x is None else (x, x.clone()) for x in ones]
         self.shift: list[Tensor] = []
         if config.token_shift:
             ring = min(config.cells, config.width + self.chunk)
@@ -53,10 +67,24 @@ class Cache:
     def batch(self) -> int:
         return self.tail_k[0].shape[0]
 
+    def fill_prefix(self, layer: int, k: Tensor, v: Tensor) -> None:
+        """Keeps the text's keys and values [prompts, heads, text_len, head_dim], and sets the scales of an e4m3 tail: the
+        prefix's largest magnitude of a head becomes 448 / HEADROOM."""
+        self.prefix_k[layer].copy_(k)
+        self.prefix_v[layer].copy_(v)
+        if (scales := self.scales[layer]) is not None:
+            for scale, x in zip(scales, (k, v), strict=True):
+                scale.copy_(x.abs().amax((0, 2, 3)).clamp(min=1e-20) * (HEADROOM / 448))
+
     def fork(self, candidates: int) -> None:
         """Every candidate becomes `candidates` equal ones: what is known of a picture is computed once a prompt."""
         for tensors in (self.tail_k, self.tail_v, self.shift):
-            tensors[:] = [x.repeat_interleave(candidates, dim=0) for x in tensors]
+            tensors[:] = [
+                x.view(torch.uint8).repeat_interleave(candidates, dim=0).view(x.dtype)
+                if x.dtype == torch.float8_e4m3fn
+                else x.repeat_interleave(candidates, dim=0)
+                for x in tensors
+            ]
 
     def tail_nbytes(self) -> int:
         """Bytes of one candidate's own part."""

@@ -88,11 +88,11 @@ class TorchEngine:
 
     batch_invariant = False  # a matrix product's rounding depends on its shape
 
-    def __init__(self, model: DalleModel, chunk: int = 1, backend: str = "auto") -> None:
+    def __init__(self, model: DalleModel, chunk: int = 1, backend: str = "auto", *, fp8_tails: bool = False) -> None:
         """chunk: known tokens fed at a time. Each costs a slot in every ring, and a ring that a step reads whole is the
-        fastest, so leave it at 1 where nothing is known."""
+        fastest, so leave it at 1 where nothing is known. fp8_tails: as in cache.Cache."""
         self.model, self.config = model, model.config
-        self.chunk, self.backend = chunk, backend
+        self.chunk, self.backend, self.fp8_tails = chunk, backend, fp8_tails
         self.cache: Cache | None = None
 
     @torch.inference_mode()
@@ -101,8 +101,9 @@ class TorchEngine:
         shape = (text.shape[0], candidates, weight.dtype)
         if self.cache is None or (self.cache.prompts, self.cache.batch // self.cache.prompts, weight.dtype) != shape:
             self.cache = Cache(
-                self.config, text.shape[0], candidates, chunk=self.chunk, dtype=weight.dtype, device=weight.device
-            )
+                self.config, text.shape[0], candidates, chunk=self.chunk, dtype=weight.dtype, fp8_tails=self.fp8_tails,
+                device=weight.device,
+            )  # fmt: skip
         with backends.use(self.backend):
             return at_least_float32(self.model.prefill(text.to(weight.device), self.cache))
 

@@ -34,6 +34,7 @@ class GraphEngine:
     chunk    known tokens fed at a time; each costs a slot in every ring
     backend  who computes the ops; "auto" chooses for each
     free     says how many bytes of memory are free; None: asks the device
+    fp8_tails  half the bytes for the longest tails (cache.Cache); costs a little accuracy
 
     Returned logits and tokens are the graph's own buffers: they hold until the next step. Raises ValueError for a capture
     on a CPU.
@@ -49,6 +50,7 @@ class GraphEngine:
         *,
         capture: bool | None = None,
         free: Callable[[], int] | None = None,
+        fp8_tails: bool = False,
     ) -> None:
         weight = model.image_embedding.weight
         on_gpu = weight.device.type == "cuda"
@@ -57,7 +59,7 @@ class GraphEngine:
         if not 1 <= chunk <= model.config.cells:
             raise ValueError(f"got chunk={chunk}, expected 1 to {model.config.cells}")
         self.model, self.config = model, model.config
-        self.chunk, self.backend = chunk, backend
+        self.chunk, self.backend, self.fp8_tails = chunk, backend, fp8_tails
         self.capture = on_gpu if capture is None else capture
         self.cache: Cache | None = None
         self._free = free or (lambda: free_memory(weight.device)) if on_gpu or free else None
@@ -72,8 +74,9 @@ class GraphEngine:
             self.cache = None  # before the new one is allocated: both might not fit
             self._steps.clear()
             self.cache = Cache(
-                self.config, len(text), candidates, chunk=self.chunk, dtype=weight.dtype, device=weight.device
-            )
+                self.config, len(text), candidates, chunk=self.chunk, dtype=weight.dtype, fp8_tails=self.fp8_tails,
+                device=weight.device,
+            )  # fmt: skip
         with backends.use(self.backend):
             return at_least_float32(self.model.prefill(text.to(weight.device), self.cache))
 
@@ -103,7 +106,10 @@ class GraphEngine:
             return None
         weight = self.model.image_embedding.weight
         free = self._free() + self.nbytes()  # the cache of the last wave makes room for the next
-        plan = plan_memory(self.config, free, dtype=weight.dtype, weights_loaded=True, chunk=self.chunk, guided=guided)
+        plan = plan_memory(
+            self.config, free, dtype=weight.dtype, weights_loaded=True, fp8_tails=self.fp8_tails, chunk=self.chunk,
+            guided=guided,
+        )  # fmt: skip
         if not plan.candidates:
             needed = plan.total(1) - plan.weights
             raise ValueError(

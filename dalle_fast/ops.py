@@ -32,6 +32,11 @@ torch.library.define(
     " Tensor position, str mask) -> Tensor",
 )
 torch.library.define(
+    "dalle_fast::decode_attention_fp8",
+    "(Tensor q, Tensor k, Tensor v, Tensor prefix_k, Tensor prefix_v, Tensor(a!) tail_k, Tensor(b!) tail_v,"
+    " Tensor scale_k, Tensor scale_v, Tensor position, str mask) -> Tensor",
+)
+torch.library.define(
     "dalle_fast::sample",
     "(Tensor logits, float temperature, int top_k, float top_p, int seed, Tensor candidates, Tensor position) -> Tensor",
 )
@@ -122,18 +127,24 @@ def decode_attention(
     tail_v: Tensor,
     position: Tensor,
     mask: Mask,
+    scales: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
     """Appends the keys and values of n cells to each candidate's tail and attends with their queries.
 
     q, k, v [B, H, n, D]: the cells position … position + n - 1; prefix_k, prefix_v [P, H, T, D]: candidate b belongs to
     prompt b // (B / P); tail_k, tail_v [B, H, slots, D], changed in place, slots from mask.tail_slots(chunk) with n <= chunk;
     position: int64 tensor of one element on the same device (so that one CUDA graph serves every step).
-    Returns [B, H, n, D]. Inference only. Raises ValueError with what it got and expected.
+    scales: (of keys, of values), [H] float32 each, for tails of torch.float8_e4m3fn, where a value is code x scale: the new
+    cells are read as they come and kept as codes. Returns [B, H, n, D]. Inference only. Raises ValueError with what it got
+    and expected.
     """
-    _check_decode(q, k, v, prefix_k, prefix_v, tail_k, tail_v, position, mask)
-    out: Tensor = torch.ops.dalle_fast.decode_attention(
-        q, k, v, prefix_k, prefix_v, tail_k, tail_v, position, str(mask)
-    )
+    _check_decode(q, k, v, prefix_k, prefix_v, tail_k, tail_v, position, mask, scales)
+    args = (q, k, v, prefix_k, prefix_v, tail_k, tail_v)
+    out: Tensor
+    if scales is None:
+        out = torch.ops.dalle_fast.decode_attention(*args, position, str(mask))
+    else:
+        out = torch.ops.dalle_fast.decode_attention_fp8(*args, *scales, position, str(mask))
     return out
 
 
@@ -147,6 +158,7 @@ def _check_decode(
     tail_v: Tensor,
     position: Tensor,
     mask: Mask,
+    scales: tuple[Tensor, Tensor] | None,
 ) -> None:
     _check_float("q", q, 4)
     _check_same("k", k, q)
@@ -163,8 +175,20 @@ def _check_decode(
         raise ValueError(
             f"got tail_k {list(tail_k.shape)}, tail_v {list(tail_v.shape)}, expected [{batch}, {heads}, slots, {dim}] twice"
         )
-    for name, x in (("prefix_k", prefix_k), ("prefix_v", prefix_v), ("tail_k", tail_k), ("tail_v", tail_v)):
+    for name, x in (("prefix_k", prefix_k), ("prefix_v", prefix_v)):
         _check_kind(name, x, q)
+    for name, x in (("tail_k", tail_k), ("tail_v", tail_v)):
+        if scales is None:
+            _check_kind(name, x, q)
+        elif x.dtype != torch.float8_e4m3fn or x.device != q.device:
+            raise ValueError(
+                f"got {name} {x.dtype} on {x.device} with scales, expected torch.float8_e4m3fn on {q.device}"
+            )
+    for x in scales or ():
+        if x.shape != (heads,) or x.dtype != torch.float32 or x.device != q.device:
+            raise ValueError(
+                f"got scales {list(x.shape)} {x.dtype} on {x.device}, expected [{heads}] float32 on {q.device}"
+            )
     cells = mask.layout.cells
     low = mask.ring(min(n, cells))
     if not (1 <= n <= cells and low <= slots <= cells):
@@ -208,6 +232,17 @@ def _decode_fake(
     position: Tensor,
     mask: str,
 ) -> Tensor:
+    return q.new_empty(q.shape)
+
+
+@torch.library.impl("dalle_fast::decode_attention_fp8", "default")
+def _decode_fp8(q: Tensor, *args: Any) -> Tensor:
+    out: Tensor = _backend("decode_attention_fp8", q, q.shape[-1]).decode_attention_fp8(q, *args)
+    return out.contiguous()
+
+
+@torch.library.register_fake("dalle_fast::decode_attention_fp8")  # type: ignore[untyped-decorator]
+def _decode_fp8_fake(q: Tensor, *args: Any) -> Tensor:
     return q.new_empty(q.shape)
 
 

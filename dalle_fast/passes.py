@@ -48,8 +48,7 @@ class PrefixPass(FullPass):
         self.cache = cache
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        self.cache.prefix_k[layer].copy_(k)
-        self.cache.prefix_v[layer].copy_(v)
+        self.cache.fill_prefix(layer, k, v)
         return super().attend(layer, q, k, v)
 
 
@@ -63,8 +62,9 @@ class StepPass:
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         c = self.cache
         return ops.decode_attention(
-            q, k, v, c.prefix_k[layer], c.prefix_v[layer], c.tail_k[layer], c.tail_v[layer], c.position, c.masks[layer]
-        )
+            q, k, v, c.prefix_k[layer], c.prefix_v[layer], c.tail_k[layer], c.tail_v[layer], c.position, c.masks[layer],
+            c.scales[layer],
+        )  # fmt: skip
 
     def shift(self, branch: int, x: Tensor) -> Tensor:
         ring, width = self.cache.shift[branch], self.cache.config.width

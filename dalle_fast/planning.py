@@ -41,6 +41,7 @@ def plan_memory(
     dtype: torch.dtype = torch.bfloat16,
     cache_dtype: torch.dtype | None = None,
     weights_loaded: bool = False,
+    fp8_tails: bool = False,
     chunk: int = 1,
     guided: bool = False,
 ) -> MemoryPlan:
@@ -52,7 +53,7 @@ def plan_memory(
     with torch.device("meta"):
         weights = sum(p.numel() for p in DalleModel(config).parameters()) * dtype.itemsize
     copies = 2 if guided else 1
-    cache = Cache(config, 1, 1, chunk=chunk, dtype=cache_dtype or dtype, device="meta")
+    cache = Cache(config, 1, 1, chunk=chunk, dtype=cache_dtype or dtype, fp8_tails=fp8_tails, device="meta")
     prefix, tail = copies * (cache.nbytes() - cache.tail_nbytes()), copies * cache.tail_nbytes()
     up = config.hidden * (2 if config.activation == "geglu" else 1)
     inner = config.heads * config.head_dim

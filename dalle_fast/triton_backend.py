@@ -244,6 +244,13 @@ def decode_attention(
     return out
 
 
+def decode_attention_fp8(
+    q: Tensor, k: Tensor, v: Tensor, prefix_k: Tensor, prefix_v: Tensor, tail_k: Tensor, tail_v: Tensor, scale_k: Tensor,
+    scale_v: Tensor, position: Tensor, mask: str,
+) -> Tensor:  # fmt: skip
+    return decode_attention(q, k, v, prefix_k, prefix_v, tail_k, tail_v, position, mask, scales=(scale_k, scale_v))
+
+
 def _check_tails(tail_k: Tensor, tail_v: Tensor, scales: tuple[Tensor, Tensor] | None, heads: int) -> None:
     eight = [x.dtype == torch.float8_e4m3fn for x in (tail_k, tail_v)]
     if eight != [scales is not None] * 2:

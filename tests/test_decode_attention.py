@@ -110,3 +110,63 @@ def test_the_position_may_change_under_a_kernel(backend):
             out = ops.decode_attention(*(x[:, :, cell : cell + 1] for x in whole), *prefix, *tails, position, mask)
             assert (out[:, :, 0] - expected[:, :, cell]).abs().max() < 1e-5
             position += 1
+
+
+@pytest.mark.parametrize("backend", [*BACKENDS, "reference"])
+@pytest.mark.parametrize("rule", ["column", "conv(kernel=3,boundary=torus)"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("n", [1, 3])
+def test_fp8_tails(backend, rule, dtype, n):
+    """What is kept is the nearest e4m3 multiple of its head's scale, or the largest; the step reads that, and the cells
+    that it appends as they come."""
+    require(backend, "decode_attention_fp8", dtype, 16)
+    mask, prompts, group, heads = Mask.parse(f"{rule}@16+6x6"), 2, 2, 2
+    scales = (torch.tensor([0.02, 0.003]), torch.tensor([0.003, 0.01]))  # 448 x 0.003: 1.34, which some are beyond
+    *_, prefix_k, prefix_v, tail_k, _ = inputs(mask, prompts, group, n, 0, dtype, 16)
+    shape = (*tail_k.shape[:2], mask.layout.cells, 16)
+    codes = [torch.full(shape, math.nan, device=DEVICE).to(torch.float8_e4m3fn) for _ in "kv"]
+    kept = [torch.full(shape, math.nan, dtype=torch.float64) for _ in "kv"]
+    slot_of_cell = torch.from_numpy(mask.decode_tables(mask.layout.cells).slot_of_cell).long()
+    for first in range(0, 18, n):
+        new = [randn(prompts * group, heads, n, 16, dtype=dtype) for _ in range(3)]
+        new[1][..., :4] *= 1e-3  # subnormal codes, and zeros
+        args, position = (*new, prefix_k, prefix_v), torch.tensor([first], device=DEVICE)
+        with backends.use(backend):
+            got = ops.decode_attention(*args, *codes, position, mask, tuple(x.to(DEVICE) for x in scales))
+        wide = [x.double().cpu() for x in args]
+        exact = [x.clone() for x in kept]
+        expected = reference.decode_attention(*wide, *exact, torch.tensor([first]), str(mask))
+        plain = plain_step(*(x.cpu() for x in args), *(x.to(dtype) for x in kept), first, mask)
+        assert_close(got.cpu(), plain, expected)
+        slots = slot_of_cell[first : first + n]
+        for code, whole, scale, x in zip(codes, kept, scales, new[1:], strict=True):
+            wanted = (x.cpu().float() / scale[:, None, None]).clamp(-448, 448).to(torch.float8_e4m3fn)
+            assert torch.equal(code.cpu().float()[:, :, slots], wanted.float()), first
+            whole[:, :, slots] = wanted.double() * scale.double()[:, None, None]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_opcheck_of_fp8_tails(backend):
+    require(backend, "decode_attention_fp8", torch.float32, 16)
+    mask, scale = Mask.parse("column@4+4x4"), torch.ones(2, device=DEVICE)
+    *args, tail, _ = (x.nan_to_num(0) for x in inputs(mask, 1, 2, 1, 3, torch.float32, 16))
+    tails = [torch.zeros(tail.shape, device=DEVICE).to(torch.float8_e4m3fn) for _ in "kv"]
+    with backends.use(backend):
+        torch.library.opcheck(
+            torch.ops.dalle_fast.decode_attention_fp8.default,
+            (*args, *tails, scale, scale, torch.tensor([3], device=DEVICE), str(mask)),
+            test_utils=("test_autograd_registration", "test_faketensor"),  # test_schema multiplies, which no 8 bits can
+        )
+
+
+def test_fp8_tails_need_scales():
+    mask = Mask.parse("column@4+4x4")
+    *args, tail_k, tail_v = inputs(mask, 1, 1, 1, 0, torch.float32, 16)
+    position, ones = torch.tensor([0], device=DEVICE), torch.ones(2, device=DEVICE)
+    with pytest.raises(ValueError, match=r"got tail_k torch.float32 .* with scales, expected torch.float8_e4m3fn"):
+        ops.decode_attention(*args, tail_k, tail_v, position, mask, (ones, ones))
+    codes = [x.to(torch.float8_e4m3fn) for x in (tail_k, tail_v)]
+    with pytest.raises(ValueError, match=r"got tail_k torch.float8_e4m3fn on .*, expected torch.float32"):
+        ops.decode_attention(*args, *codes, position, mask)
+    with pytest.raises(ValueError, match=r"got scales \[1\] torch.float32 .*expected \[2\] float32"):
+        ops.decode_attention(*args, *codes, position, mask, (ones, ones[:1]))

@@ -117,6 +117,29 @@ def test_memory_of_a_candidate_at_12b():
     assert cache.nbytes() == 171 * cache.tail_nbytes() + config.layers * 2 * 256 * config.heads * config.head_dim * 2
 
 
+def test_memory_of_a_candidate_at_12b_with_column_tails_in_8_bits():
+    config = ModelConfig.preset("openai-12b")
+    cache = Cache(config, 1, 1, dtype=torch.bfloat16, fp8_tails=True, device="meta")
+    assert sum(scales is not None for scales in cache.scales) == 16  # the columns; rows and convolution are short rings
+    dense = config.layers * 2 * config.layout.total * config.heads * config.head_dim * 2
+    assert cache.tail_nbytes() <= 0.158e9 and 8 * cache.tail_nbytes() <= dense
+
+
+def test_column_tails_in_8_bits_cost_little():
+    """Decoding with e4m3 tails against float64: keys and values keep 4 bits, 3 % at most, and a step averages over many."""
+    model = random_model(layers=2, patterns=("column", "row"), caption_len=16, height=8, width=8)
+    text, image = torch.randint(20, (1, 16)), torch.randint(11, (3, 64))
+    expected = model(text.expand(3, -1), image)[1]
+    cache = Cache(model.config, 1, 1, dtype=torch.float64, fp8_tails=True)
+    assert [x.dtype == torch.float8_e4m3fn for x in cache.tail_k] == [True, False]
+    logits = [model.prefill(text, cache)]
+    cache.fork(3)
+    logits[0] = logits[0].expand(3, -1)
+    logits += [model.step(image[:, j : j + 1], cache) for j in range(63)]
+    error = (torch.stack(logits, 1) - expected).pow(2).mean().sqrt() / expected.std()
+    assert 1e-4 < error < 0.02
+
+
 def test_an_empty_cache_is_refused():
     with pytest.raises(ValueError, match="got 1 prompts x 0 candidates"):
         Cache(ModelConfig.preset("tiny"), 1, 0)

@@ -26,6 +26,7 @@ def test_what_changes_the_plan():
     assert plan_memory(BIG, free, chunk=32).candidates < plan.candidates
     assert plan_memory(BIG, free, dtype=torch.float32).candidates < plan.candidates // 2
     assert plan_memory(BIG, plan.weights).candidates == 0
+    assert plan_memory(BIG, free, fp8_tails=True).candidates > 1.7 * plan.candidates
 
 
 @pytest.mark.parametrize(("n", "most"), [(512, 171), (512, 512), (1, 9), (7, 2), (10, 3)])

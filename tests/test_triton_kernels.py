@@ -69,44 +69,6 @@ def test_a_split_prefix(splits, n):
     assert torch.equal(args[5].double().cpu().nan_to_num(7e7), wide[5].nan_to_num(7e7))
 
 
-def test_fp8_tails():
-    """Each stored value is the nearest e4m3 multiple of its head's scale, or the largest; the step reads those."""
-    mask, heads, scales = Mask.parse("column@16+8x8"), 2, (torch.tensor([0.01, 0.02]), torch.tensor([0.003, 0.01]))
-    *_, prefix_k, prefix_v, tail_k, tail_v = inputs(mask, 1, 3, 1, 0, torch.float32, 16)
-    codes = [torch.zeros(x.shape, device=DEVICE).to(torch.float8_e4m3fn) for x in (tail_k, tail_v)]
-    kept = [torch.zeros(x.shape, dtype=torch.float64) for x in (tail_k, tail_v)]
-    tables = mask.decode_tables(tail_k.shape[2])
-    for cell in range(20):
-        q, k, v = (torch.randn(3, heads, 1, 16, device=DEVICE) for _ in range(3))
-        k[..., :4] *= 1e-3  # subnormal codes, and zeros
-        k[..., 4] *= 100.0  # beyond the largest
-        args = (q, k, v, prefix_k, prefix_v)
-        wide = [x.double().cpu() for x in args]
-        position = torch.tensor([cell], device=DEVICE)
-        on_device = tuple(x.to(DEVICE) for x in scales)
-        got = triton_backend.decode_attention(*args, *codes, position, str(mask), scales=on_device)
-        expected = reference.decode_attention(*wide, *(x.clone() for x in kept), torch.tensor([cell]), str(mask))
-        slot = int(tables.slot_of_cell[cell])
-        plain = plain_step(*(x.cpu() for x in args), *(x.float() for x in kept), cell, mask)
-        assert_close(got.cpu(), plain, expected)
-        for code, whole, scale, new in zip(codes, kept, scales, (k, v), strict=True):
-            wanted = (new.cpu()[:, :, 0] / scale[:, None]).clamp(-448, 448).to(torch.float8_e4m3fn)
-            assert torch.equal(code[:, :, slot].cpu().float(), wanted.float()), cell
-            whole[:, :, slot] = wanted.double() * scale[:, None].double()
-
-
-def test_fp8_tails_need_scales():
-    mask = Mask.parse("row@4+4x4")
-    args = inputs(mask, 1, 1, 1, 0, torch.float32, 16)
-    with pytest.raises(ValueError, match=r"torch.float32 with scales, expected float8_e4m3fn"):
-        triton_backend.decode_attention(*args, torch.tensor([0]), str(mask), scales=(torch.ones(2), torch.ones(2)))
-    with pytest.raises(ValueError, match=r"got scales \[1\] torch.float32, expected \[2\] float32"):
-        tails = [x.to(torch.float8_e4m3fn) for x in args[5:]]
-        triton_backend.decode_attention(
-            *args[:5], *tails, torch.tensor([0]), str(mask), scales=(torch.ones(1), torch.ones(2))
-        )
-
-
 @pytest.mark.skipif(DEVICE != "cpu", reason="about the choice without a GPU")
 def test_on_a_cpu_only_by_name():
     call = Call("sample", "cpu", torch.float32, 0)
