@@ -41,12 +41,10 @@ class Block(nn.Module):
         h = self.attention_norm(x)  # [B, n, d]
         if self.config.token_shift:
             h = run.shift(2 * self.index, h)
-        q, k, v = (
-            self.qkv(h).view(batch, n, 3, self.config.heads, self.config.head_dim).permute(2, 0, 3, 1, 4).unbind(0)
-        )
+        qkv = self.qkv(h).view(batch, n, 3, self.config.heads, self.config.head_dim).permute(2, 0, 3, 1, 4)
         if run.rotary is not None:
-            q, k, v = (rotate(y, run.rotary) for y in (q, k, v))
-        h = run.attend(self.index, q, k, v)  # [B, H, n, D]
+            qkv = rotate(qkv, run.rotary)
+        h = run.attend(self.index, *qkv.unbind(0))  # [B, H, n, D]
         h = self.out(h.transpose(1, 2).reshape(batch, n, -1))
         if self.config.sandwich_norm:
             h = self.attention_norm_out(h)
@@ -265,7 +263,7 @@ def rotary_table(config: ModelConfig) -> Tensor:
 
 
 def rotate(x: Tensor, angles: Tensor) -> Tensor:
-    """Turns the first R channels of x [B, H, n, D], in pairs (0, 1), (2, 3), …, by angles [n, R]."""
+    """Turns the first R channels of x [..., n, D], in pairs (0, 1), (2, 3), …, by angles [n, R]."""
     turned, rest = x[..., : angles.shape[-1]], x[..., angles.shape[-1] :]
     other = torch.stack([-turned[..., 1::2], turned[..., ::2]], dim=-1).flatten(-2)
     turned = turned * angles.cos().to(x.dtype) + other * angles.sin().to(x.dtype)
