@@ -117,6 +117,40 @@ def _status(key: str) -> int:
     return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(key)), 0)
 
 
+class Others:
+    """How busy other processes keep the CPU: measurements among busy neighbours are worth little."""
+
+    def __init__(self) -> None:
+        self.start = self._now()
+
+    @staticmethod
+    def _now() -> tuple[float, float, float]:
+        """Seconds: of the clock, of all work on all cores, of our own work."""
+        try:
+            fields = Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:]
+        except OSError:
+            return time.perf_counter(), 0.0, 0.0
+        idle = int(fields[3]) + int(fields[4])
+        busy = (sum(map(int, fields[:8])) - idle) / os.sysconf("SC_CLK_TCK")
+        own = os.times()
+        return time.perf_counter(), busy, own.user + own.system + own.children_user + own.children_system
+
+    def share(self) -> float:
+        """Of all cores, since this was made; 0 where the system does not tell."""
+        clock_now, busy, own = (b - a for a, b in zip(self.start, self._now(), strict=True))
+        return min(1.0, max(0.0, (busy - own) / (clock_now * (os.cpu_count() or 1))))
+
+
+def wait_for_quiet(most: float, seconds: float) -> None:
+    """Until others keep the CPU busy for less than this share, but no longer than `seconds`."""
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        others = Others()
+        time.sleep(0.5)
+        if others.share() < most:
+            return
+
+
 # Limits.
 
 

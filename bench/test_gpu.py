@@ -30,9 +30,11 @@ NAME = "dalle_fast, CUDA graph"
 BOUND = 0.05  # of logits in bfloat16, both sides rounded
 
 
-def needs_gpu(measure: Measure) -> None:
+def needs_gpu(measure: Measure, size: str = "") -> None:
     if not (ON_GPU or measure.small):
         pytest.skip("these sizes are for a GPU")
+    if measure.small and size == "openai-12b":
+        pytest.skip("at a toy size all presets are the same")
 
 
 def caption(config: ModelConfig) -> Tensor:
@@ -51,7 +53,7 @@ def started(name: str, small: bool) -> ModelConfig:
 @pytest.mark.parametrize("size", SIZES)
 def test_a_whole_picture(size: str, batch: int, measure: Measure) -> None:
     """The prefill and 1024 steps, drawing included, divided by 1024."""
-    needs_gpu(measure)
+    needs_gpu(measure, size)
     title = f"A step of {SIZES[size]} on a GPU, drawing included, mean over whole pictures"
     measure.describe(title, f"batch {batch}", NAME, "bfloat16", batch=batch)
     config = started(size, measure.small)
@@ -86,7 +88,7 @@ def check_against_dense(measure: Measure, engine: GraphEngine, model: DalleModel
 @pytest.mark.parametrize("size", SIZES)
 def test_a_compiled_step(size: str, batch: int, measure: Measure) -> None:
     """The peer: the same step, drawing not included, by torch.compile and one CUDA graph over a dense cache."""
-    needs_gpu(measure)
+    needs_gpu(measure, size)
     title = f"A step of {SIZES[size]} on a GPU, drawing included, mean over whole pictures"
     measure.describe(
         title, f"batch {batch}", "dense cache, torch.compile and CUDA graph, no drawing", "bfloat16", batch=batch
@@ -114,7 +116,7 @@ def test_a_compiled_step(size: str, batch: int, measure: Measure) -> None:
 @pytest.mark.parametrize("size", SIZES)
 def test_512_candidates(size: str, measure: Measure) -> None:
     """Tokens of 512 candidates of one caption, in the waves that memory allows; pictures and ranking not included."""
-    needs_gpu(measure)
+    needs_gpu(measure, size)
     measure.describe("512 candidates of one caption on a GPU", SIZES[size], NAME, "bfloat16")
     config = started(size, measure.small)
     engine = GraphEngine(plain(config, TYPE), capture=ON_GPU)
@@ -171,7 +173,7 @@ def test_training_step(contender: str, measure: Measure) -> None:
 @pytest.mark.parametrize("size", SIZES)
 def test_bottom_right_rectangle(size: str, corner: int, measure: Measure) -> None:
     """From (corner, corner) to the bottom-right cell, one candidate: what is known is not drawn again."""
-    needs_gpu(measure)
+    needs_gpu(measure, size)
     measure.describe(
         "A rectangle to the bottom-right corner on a GPU", f"{SIZES[size]} from {corner}", NAME, "bfloat16"
     )

@@ -1,0 +1,167 @@
+"""The benchmark suite: it runs, it notices a kernel that is slow and one that is wrong, and its report counts right."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+sys.path.append(str(Path(__file__).resolve().parent.parent))  # bench/ is not installed
+
+from bench import report, work
+from bench.device import describe, floor
+from dalle_fast.config import ModelConfig
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def bench(*arguments: str, folder: Path | None = None, what: str = "bench") -> subprocess.CompletedProcess[str]:
+    """`pytest what …` on one thread, outside this process; modules in `folder` can be named as plugins."""
+    path = f"{folder or ROOT}{os.pathsep}{ROOT}"
+    return subprocess.run(
+        [sys.executable, "-m", "pytest", what, "-q", "-p", "no:cacheprovider", *arguments],
+        cwd=ROOT, capture_output=True, text=True, timeout=280,
+        env={k: v for k, v in os.environ.items() if not k.startswith("PYTEST_")} | {"OMP_NUM_THREADS": "1", "PYTHONPATH": path},
+    )  # fmt: skip
+
+
+def test_every_case_runs_at_a_toy_size_and_is_right() -> None:
+    done = bench("--benchmark-disable")
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-1000:]
+    passed = re.search(r"(\d+) passed", done.stdout)
+    assert passed and int(passed[1]) >= 100, done.stdout[-1000:]
+
+
+CASE = "bench/test_decode_attention.py::test_decode_attention[512 wide-row-1-dalle_fast, torch backend]"
+SLOW = """
+import time
+from dalle_fast import torch_backend
+kept = torch_backend.decode_attention
+def decode_attention(*args):
+    start = time.perf_counter()
+    out = kept(*args)
+    time.sleep(19 * (time.perf_counter() - start))
+    return out
+torch_backend.decode_attention = decode_attention
+"""
+WRONG = """
+from dalle_fast import torch_backend
+kept = torch_backend.decode_attention
+def decode_attention(q, k, v, prefix_k, prefix_v, *others):
+    return kept(q, k, v, prefix_k[:, :, :-1].contiguous(), prefix_v[:, :, :-1].contiguous(), *others)
+torch_backend.decode_attention = decode_attention
+"""
+
+
+def test_a_slowed_kernel_and_a_wrong_one_are_caught(tmp_path: Path) -> None:
+    limits = {"read": {"1000000": 1e10}, "copy": 1e10, "matmul": {"bfloat16": 1e11, "float32": 1e11}}
+    (tmp_path / "slow_kernel.py").write_text(SLOW)
+    (tmp_path / "wrong_kernel.py").write_text(WRONG)
+    found = {}
+    for name in ("good", "slow", "wrong"):
+        path = tmp_path / f"{name}.json"
+        path.write_text(json.dumps({"machine": describe(), "limits": limits, "cases": {}}))
+        plugin = [] if name == "good" else ["-p", f"{name}_kernel"]
+        done = bench(*plugin, "--all", "--results", str(path), folder=tmp_path, what=CASE)
+        assert (done.returncode == 0) == (name != "wrong"), done.stdout[-3000:] + done.stderr[-1000:]
+        found[name] = json.loads(path.read_text())
+        assert list(found[name]["cases"]) == [CASE]
+    assert report.worse(found["good"], found["good"]) == []
+    (slower,) = report.worse(found["slow"], found["good"])
+    assert re.search(r"[\d.]+ times as long as before", slower)
+    (wrong,) = report.worse(found["wrong"], found["good"])
+    assert "wrong result: got a relative error of" in wrong and "seconds" not in found["wrong"]["cases"][CASE]
+    assert report.main([str(tmp_path / "slow.json"), "--against", str(tmp_path / "good.json")]) == 1
+    assert report.main([str(tmp_path / "good.json"), "--against", str(tmp_path / "good.json")]) == 0
+
+
+def data() -> dict[str, Any]:
+    def record(contender: str, dtype: str, seconds: float, **more: Any) -> dict[str, Any]:
+        base = {"case": "A step of x: y", "column": "batch 1", "contender": contender, "dtype": dtype, "batch": 1}
+        timed = {"seconds": seconds, "bytes": 1e6, "flops": 2e6, "limit_seconds": 1e-4, "share": 1e-4 / seconds}
+        return base | timed | {"by_position": [[1, seconds], [2, seconds]], "commit": "abc"} | more
+
+    memory = {
+        "case": "Memory of a candidate",
+        "column": "12B",
+        "dtype": "bfloat16",
+        "preset": "openai-12b",
+        "commit": "abc",
+    }
+    return {
+        "machine": {"device": "Test", "threads": 2, "torch": "2", "date": "2026-01-01"},
+        "limits": {"read": {"1000000": 1e10}, "copy": 1e10, "matmul": {"float32": 1e11}},
+        "cases": {
+            "f.py::a[1]": record("dalle_fast, cpu", "bfloat16", 2e-4),
+            "f.py::a[2]": record("dalle_fast, cpu", "bfloat16", 4e-4, column="batch 8", batch=8),
+            "f.py::b": record("dalle_fast, cpu", "int8", 1e-4),
+            "f.py::c": record("peer", "float32", 1e-3),
+            "f.py::d": {**record("other", "float32", 1), "skipped": "not here"} | {"seconds": None},
+            "f.py::m": {**memory, "contender": "dalle_fast", "held_bytes": 287_000_000},
+            "f.py::n": {**memory, "contender": "dense", "held_bytes": 1_300_000_000},
+        },
+    }  # fmt: skip
+
+
+def test_tables() -> None:
+    found = data()
+    del found["cases"]["f.py::d"]["seconds"]
+    text = report.tables([found])
+    assert "| **dalle_fast, cpu** | bfloat16 | 200 µs (50 %) | 400 µs (25 %) |" in text
+    assert "| **dalle_fast, cpu** | int8 | 100 µs (0.50×, 100 %) |  |" in text
+    assert "| peer | float32 | 1.00 ms (5.00×, 10 %) |  |" in text
+    assert "| other |" not in text and "- other: not here" in text
+    assert "| **dalle_fast** | bfloat16 | 287 MB |" in text and "| dense | bfloat16 | 1.30 GB (4.53×) |" in text
+
+
+def test_documents_are_filled_and_numbers_without_a_result_refused() -> None:
+    found = data()
+    text = "x <!-- figure: c / a[1] -->?<!-- /figure --> and <!-- figure: a[1] share -->?<!-- /figure --> of it"
+    assert report.filled(text, [found]).split("-->")[1::2] == ["5.00×<!-- /figure ", "50 %<!-- /figure "]
+    assert "1.30 GB" in report.filled("<!-- figure: n --><!-- /figure -->", [found])
+    block = "<!-- bench: Memory -->\nold\n<!-- /bench -->"
+    assert "287 MB" in report.filled(block, [found]) and "old" not in report.filled(block, [found])
+    for unknown in ("<!-- figure: zzz --><!-- /figure -->", "<!-- bench: Unknown -->\n<!-- /bench -->"):
+        with pytest.raises(ValueError, match="got "):
+            report.filled(unknown, [found])
+
+
+def test_two_runs_disagree_beyond_15_percent() -> None:
+    one, two = data(), copy.deepcopy(data())
+    assert report.disagree(one, two) == []
+    two["cases"]["f.py::c"]["seconds"] *= 1.1
+    assert report.disagree(one, two) == []
+    two["cases"]["f.py::c"]["seconds"] *= 1.1
+    assert report.disagree(one, two) == ["A step of x: y, batch 1: peer float32: 5.00 and 6.05"]
+
+
+def test_report_with_plots(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    found = data()
+    del found["cases"]["f.py::d"]
+    (tmp_path / "r.json").write_text(json.dumps(found))
+    assert report.main([str(tmp_path / "r.json"), "--out", str(tmp_path / "out")]) == 0
+    names = {path.name for path in (tmp_path / "out").iterdir()}
+    plots = ("roofline", "step_by_batch", "memory", "step_by_position")
+    assert names == {"report.md", *(f"{p}.{end}" for p in plots for end in ("png", "svg"))}
+    assert all(path.stat().st_size > 2000 for path in (tmp_path / "out").glob("*.svg"))
+    assert "![roofline](roofline.png)" in (tmp_path / "out/report.md").read_text()
+
+
+def test_least_work() -> None:
+    """The counts of the issue that they answer: 12.1 B weights, tails 4.5 times smaller than dense caches, a limit."""
+    config = ModelConfig.preset("openai-12b")
+    assert abs(work.weights(config) / 12.125e9 - 1) < 0.01
+    ours, dense = work.tail_bytes(config)
+    assert dense / ours > 4.4
+    limits = {"read": {"1000": 100.0, "100000": 10.0}, "matmul": {"bfloat16": 1000.0}}
+    assert floor(limits, 1000, 0, "bfloat16") == 10 and floor(limits, 1e6, 0, "bfloat16") == 1e5
+    assert floor(limits, 10_000, 0, "int4") == pytest.approx(10_000 / 10**1.5)
+    assert floor(limits, 1, 5e6, "bfloat16") == 5000
