@@ -86,4 +86,5 @@ $(VENV)/.installed: $(BUILD_INPUTS) | $(BIN)/python
 $(VENV)/.installed-test: $(BUILD_INPUTS) | $(BIN)/python
 	$(install_torch)
 	$(PIP) -q -e ".[test]"
+	$(PIP) -q --no-deps -r tests/peers.txt
 	@touch $@ $(VENV)/.installed

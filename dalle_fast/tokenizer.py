@@ -38,7 +38,7 @@ class CaptionTokenizer:
             raise CaptionError("got an empty caption, expected some text")
         encoding = self._tokenizer.encode(caption)
         ids = encoding.ids
-        unknown = [self._tokenizer.token_to_id(name) for name in ("[UNK]", "<UNK>", "<unk>")]
+        unknown = [self._tokenizer.token_to_id(name) for name in ("[UNK]", "<UNK>", "<unk>", "▁")]  # ▁: a word begins
         content = [
             i for i, special in zip(ids, encoding.special_tokens_mask, strict=True) if not special and i not in unknown
         ]

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from dalle_fast.weights import WeightError
 
-CHUNK = 2**22  # values held in memory at a time
+CHUNK = 2**20  # values held in memory at a time
 TYPES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 
 
