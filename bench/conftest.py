@@ -24,10 +24,10 @@ import pytest
 import torch
 
 from bench import device
+from bench.report import BUSY
 from bench.work import Work
 
 ROOT = Path(__file__).resolve().parent.parent
-BUSY = 0.1  # of all cores, by others
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

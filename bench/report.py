@@ -29,6 +29,7 @@ DOCUMENTS = ("README.md", "docs/performance.md")
 BLOCK = re.compile(r"(<!-- bench: (.*?) -->\n).*?(<!-- /bench -->)", re.DOTALL)
 FIGURE = re.compile(r"(<!-- figure: ([^>]*?) -->).*?(<!-- /figure -->)", re.DOTALL)
 QUANTIZED = ("int8", "int4")
+BUSY = 0.1  # share of the machine that others may use meanwhile; what was measured among more is marked
 SLOWER = 1.15  # two runs on one quiet machine agree within this
 
 Record = dict[str, Any]
@@ -100,7 +101,7 @@ def cell(record: Record | None, base: float | None) -> str:
     if "share" in record:
         parts.append(f"{100 * record['share']:.0f} %")
     amount = seconds(own) if "seconds" in record else size(own)
-    return amount + (f" ({', '.join(parts)})" if parts else "")
+    return amount + (f" ({', '.join(parts)})" if parts else "") + " †" * (record.get("others", 0.0) > BUSY)
 
 
 def table(title: str, records: list[Record]) -> str:
@@ -116,6 +117,8 @@ def table(title: str, records: list[Record]) -> str:
         name = f"**{contender}**" if contender.startswith("dalle_fast") else contender
         lines.append(f"| {name} | {dtype} | {' | '.join(cell(found.get(c), base[c]) for c in columns)} |")
     reasons = {f"{r['contender']}: {r[how]}" for r in records for how in ("skipped", "failed") if how in r}
+    if any(r.get("others", 0.0) > BUSY for r in records):
+        reasons.add(f"†: other processes used more than {100 * BUSY:.0f} % of the machine meanwhile")
     lines += [""] * bool(reasons) + [f"- {reason}" for reason in sorted(reasons)]
     return "\n".join(lines) + "\n"
 

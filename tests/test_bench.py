@@ -102,7 +102,8 @@ def data() -> dict[str, Any]:
             "f.py::a[1]": record("dalle_fast, cpu", "bfloat16", 2e-4),
             "f.py::a[2]": record("dalle_fast, cpu", "bfloat16", 4e-4, column="batch 8", batch=8),
             "f.py::b": record("dalle_fast, cpu", "int8", 1e-4),
-            "f.py::c": record("peer", "float32", 1e-3),
+            "f.py::c": record("peer", "float32", 1e-3, others=0.02),
+            "f.py::e": record("hurried", "float32", 2e-3, others=0.4),
             "f.py::d": {**record("other", "float32", 1), "skipped": "not here"} | {"seconds": None},
             "f.py::m": {**memory, "contender": "dalle_fast", "held_bytes": 287_000_000},
             "f.py::n": {**memory, "contender": "dense", "held_bytes": 1_300_000_000},
@@ -117,6 +118,7 @@ def test_tables() -> None:
     assert "| **dalle_fast, cpu** | bfloat16 | 200 µs (50 %) | 400 µs (25 %) |" in text
     assert "| **dalle_fast, cpu** | int8 | 100 µs (0.50×, 100 %) |  |" in text
     assert "| peer | float32 | 1.00 ms (5.00×, 10 %) |  |" in text
+    assert "| hurried | float32 | 2.00 ms (10.0×, 5 %) † |  |" in text and "- †: other processes used more" in text
     assert "| other |" not in text and "- other: not here" in text
     assert "| **dalle_fast** | bfloat16 | 287 MB |" in text and "| dense | bfloat16 | 1.30 GB (4.53×) |" in text
 
