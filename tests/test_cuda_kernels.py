@@ -8,6 +8,7 @@ from test_decode_attention import inputs, plain_step
 from test_sample import CUTS
 
 from dalle_fast import cuda_backend, reference
+from dalle_fast.backends import Call
 from dalle_fast.cuda_backend import Shape
 from dalle_fast.masks import Mask
 
@@ -148,3 +149,25 @@ def test_the_coldest_and_one_token(machine):
     minus = torch.full((2, 40), -torch.inf)
     minus[:, 7] = 1.0
     assert both(machine, minus, (30, 0.9, 1.0))[0].tolist() == [7, 7]
+
+
+# the choice of the backend
+
+
+def test_why_not():
+    def reason(op, dtype, head_dim=0):
+        return cuda_backend.unsupported(Call(op, "cuda", dtype, head_dim))
+
+    assert reason("decode_attention", BF16, 128) is None and reason("sample", torch.float32) is None
+    assert reason("decode_attention", torch.float32, 64) == "it computes in bfloat16 and float16, got float32"
+    assert reason("decode_attention", FP16, 96) == "it needs a head dim of 64 or 128, got 96"
+    assert "got float64" in str(reason("sample", torch.float64))
+    assert "got tensors on cpu" in str(cuda_backend.why_not(Call("sample", "cpu", torch.float32, 0)))
+
+
+def test_how_work_is_shared_out():
+    """On the 132 multiprocessors of an H100, with 62 heads and a prefix of 256."""
+    assert cuda_backend.share_out(132, 1, 62, 1, 256) == Shape(16, 4)
+    assert cuda_backend.share_out(132, 1, 62, 64, 256) == Shape(16, 1)
+    assert cuda_backend.share_out(132, 1, 62, 512, 256) == Shape(64, 1)
+    assert cuda_backend.share_out(132, 8, 16, 1, 20) == Shape(16, 1)
