@@ -67,17 +67,10 @@ def rudalle() -> Iterator[Any]:
 @contextmanager
 def rudalle_vae() -> Iterator[Any]:
     """rudalle.vae.model, with the encoder and decoder of taming-transformers."""
-    taming = ("taming", "taming.modules", "taming.modules.diffusionmodules")
+    taming = ("taming", "taming.modules", "taming.modules.diffusionmodules", "taming.modules.vqvae")
     stubs = {"rudalle.vae.decoder_dwt": {"DecoderDWT": None}}  # of its 512-pixel variant, which is not converted
     with packages("rudalle", "rudalle.vae", *taming, needs=("einops",), stubs=stubs):
         yield importlib.import_module("rudalle.vae.model")
-
-
-@contextmanager
-def taming_quantize() -> Iterator[Any]:
-    """taming.modules.vqvae.quantize."""
-    with packages("taming", "taming.modules", "taming.modules.vqvae", needs=("einops",)):
-        yield importlib.import_module("taming.modules.vqvae.quantize")
 
 
 @contextmanager
