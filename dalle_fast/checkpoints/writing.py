@@ -78,7 +78,8 @@ def write_parts(folder: Path, parts: Sequence[Part], dtype: torch.dtype | None =
 def stream(file: BinaryIO, state: dict[str, Tensor], dtype: torch.dtype | None = None) -> list[str]:
     """Writes the safetensors format (8 bytes of header length, JSON, values), a chunk at a time, dropping each tensor once
     it is written: shards of which no tensor is left are unmapped. Wider types come first, so that all are aligned;
-    then the order of addresses, which is a mapped file's own. Rotary angles keep their type. Returns the names of tensors that are not finite."""
+    then the order of addresses, which is a mapped file's own. Rotary angles keep their type. Returns the names of tensors
+    that are not finite."""
     kinds = {name: x.dtype if dtype is None or name == "rotary" else dtype for name, x in state.items()}
     names = sorted(state, key=lambda name: (-kinds[name].itemsize, state[name].data_ptr()))
     header, start = {}, 0
