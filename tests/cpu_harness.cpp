@@ -86,8 +86,16 @@ static void engine(DType type, DType cache, int threads) {
   logits.assign(6 * 37, 0);
   const std::vector<int64_t> next(6, 0), candidates{0, 1, 2, -1, int64_t{1} << 40, 5};
   std::vector<int64_t> drawn(6);
+  std::vector<double> log_p(6);
+  const std::vector<int64_t> given{-1, 4, -1};
   for (int64_t step = 3; step < cells; ++step) {
-    e.feed(next.data(), 1, threads, logits.data());
+    if (step % 2) e.feed(next.data(), 1, threads, logits.data());
+    else if (step % 4)
+      e.sample(next.data(), {candidates.data(), nullptr, 6, 1.0f, 1.0f, 1.0f, 0, 7, drawn.data(), log_p.data()}, threads,
+               logits.data());
+    else
+      e.sample(next.data(), {candidates.data(), given.data(), 3, 0.5f, 0.9f, 2.0f, 5, 7, drawn.data(), log_p.data()},
+               threads, logits.data());
     for (int top_k : {0, 1, 5})
       for (float top_p : {1.0f, 0.3f})
         sample({logits.data(), candidates.data(), &step, drawn.data(), 6, 37, top_k, 1.0f, top_p, 7, DType::float32},
