@@ -237,8 +237,13 @@ struct Kernel {
   }
 };
 
+// Blocks a multiprocessor that registers must leave room for: this launch's one, and one of the next, which fetches weights
+// meanwhile. Groups of 4-bit weights at 64 rows hold 64 sums a thread and would spill (28 to 52 bytes on sm_90a).
+template <DType kW, int kTiles>
+constexpr int kBlocksAtOnce = Format<kW>::kGroups && kTiles == 8 ? 1 : 2;
+
 template <class T, DType kW, int kTiles, bool kResident>
-__global__ void __launch_bounds__(kThreads, 2) linear(const __grid_constant__ DeviceParams p) {
+__global__ void __launch_bounds__(kThreads, kBlocksAtOnce<kW, kTiles>) linear(const __grid_constant__ DeviceParams p) {
   constexpr int kDepth = depth<kW, kTiles, kResident>();
   const int inputs = kResident ? p.padded_inputs : kDepth * Format<kW>::kInputs;
   shared<unsigned char> memory = dynamic_shared();
