@@ -168,12 +168,14 @@ def figure(expression: str, results: list[Data]) -> str:
         if value(one) is None or (right and value(other) is None):
             continue
         if right:
-            return f"{digits(float(value(one) or 0) / float(value(other) or 1))}×"
-        if entry == "share":
-            return f"{100 * one['share']:.0f} %"
-        if entry:
-            return size(one[entry])
-        return seconds(one["seconds"]) if "seconds" in one else size(one["held_bytes"])
+            text = f"{digits(float(value(one) or 0) / float(value(other) or 1))}×"
+        elif entry == "share":
+            text = f"{100 * one['share']:.0f} %"
+        elif entry:
+            text = size(one[entry])
+        else:
+            text = seconds(one["seconds"]) if "seconds" in one else size(one["held_bytes"])
+        return text + " †" * (max(r.get("others", 0.0) for r in (one, other)) > BUSY)
     raise ValueError(f"got figure {expression!r}, but no results file has measured it")
 
 

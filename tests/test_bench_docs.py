@@ -1,0 +1,45 @@
+"""Every measured figure that a document quotes stands in a JSON of bench/results."""
+
+from __future__ import annotations
+
+import re
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.append(str(Path(__file__).resolve().parent.parent))  # bench/ is not installed
+
+from bench import report
+
+ROOT = Path(__file__).resolve().parent.parent
+
+MEASURED = re.compile(r"\d\s*(?:×|ms|µs|%|GB|MB|GFLOP/s|s)(?![\w/])")
+
+
+@pytest.mark.parametrize("name", report.DOCUMENTS)
+def test_figures_are_those_of_the_results(name: str) -> None:
+    text = (ROOT / name).read_text()
+    assert report.filled(text, report.load()) == text, f"{name} is out of date; run: python -m bench.report --docs"
+
+
+def unmarked(text: str) -> list[str]:
+    """Lines that name a quantity outside the blocks and figures that are filled in, but for goals and what is computed."""
+    text = report.FIGURE.sub("", report.BLOCK.sub("", text))
+    sections = re.split(r"^(?=## )", text, flags=re.MULTILINE)
+    lines = [line for part in sections if not re.match(r"## .*(computed|goal)", part) for line in part.splitlines()]
+    return [line for line in lines if MEASURED.search(line)]
+
+
+def test_no_figure_is_written_by_hand() -> None:
+    assert unmarked((ROOT / "docs/performance.md").read_text()) == []
+
+
+def test_no_table_of_the_readme_is_written_by_hand() -> None:
+    assert [line for line in unmarked((ROOT / "README.md").read_text()) if line.startswith("|")] == []
+
+
+def test_a_figure_written_by_hand_is_found() -> None:
+    by_hand = "It takes 3.2 ms.\n\n## Limits, computed\nA step takes 8.2 ms.\n\n## Next\nfree of them, 16×16 cells, 8 s"
+    assert unmarked(by_hand) == ["It takes 3.2 ms.", "free of them, 16×16 cells, 8 s"]
+    assert unmarked("<!-- figure: x -->3 ms<!-- /figure -->\n<!-- bench: y -->\n4 ms\n<!-- /bench -->") == []
