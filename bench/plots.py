@@ -61,10 +61,13 @@ def roofline(figure: Any, data: Data) -> bool:
     low, high = (f(r["flops"] / r["bytes"] for r in records) for f in (min, max))
     xs = [low / 2 * (high * 4 / low) ** (i / 60) for i in range(61)]
     for (size, rate), style in ((sizes[-1], "-"), (sizes[0], ":")):
-        for dtype, peak in peaks.items():
-            name = f"{dtype}, reading {size >> 20} MiB at {rate / 1e9:.0f} GB/s"
+        for peak in peaks.values():
             axes.plot(xs, [min(peak, x * rate) / 1e9 for x in xs], style, color="#999999", linewidth=1)
-            axes.annotate(name, (xs[-1], min(peak, xs[-1] * rate) / 1e9), fontsize=6, ha="right", va="bottom")
+        note = f"reading {size >> 20} MiB at {rate / 1e9:.0f} GB/s"
+        axes.annotate(note, (xs[4], xs[4] * rate / 1e9), fontsize=6, rotation=28, va="bottom")
+    for dtype, peak in peaks.items():
+        note = f"products in {dtype}: {peak / 1e9:.0f} GFLOP/s"
+        axes.annotate(note, (xs[-1], peak / 1e9), fontsize=6, ha="right", va="bottom")
     for kind, marker in ((True, "o"), (False, "x")):
         chosen = [r for r in records if ours(r) == kind]
         axes.plot(
@@ -94,6 +97,7 @@ def _batch_panel(axes: Any, records: list[Record]) -> None:
     axes.set(xscale="log", yscale="log", xlabel="candidates", ylabel="ms a step")
     ticks = sorted({r["batch"] for r in records})
     axes.set_xticks(ticks, [str(t) for t in ticks])
+    axes.minorticks_off()
 
 
 def by_position(figure: Any, data: Data) -> bool:
