@@ -10,8 +10,10 @@
 
 PYTHON ?= python3
 VENV ?= .venv
-PROMPT ?= a red circle above a blue square
+PROMPT ?= a penguin wearing a red hat, yellow gloves, a blue shirt and green pants
 N ?= 8
+# What suits the bundled model: examples/scenes/README.md has the measurement.
+SAMPLING ?= --temperature 0.85 --guidance 1.5
 SEED ?= 0
 OUT ?= out
 JOBS ?= 2
@@ -27,7 +29,7 @@ CHECKED := dalle_fast kernels examples bench tests setup.py
 .DELETE_ON_ERROR:
 
 sample: $(VENV)/.installed
-	$(BIN)/dalle-fast sample "$(PROMPT)" -n $(N) --seed $(SEED) --out "$(OUT)"
+	$(BIN)/dalle-fast sample "$(PROMPT)" -n $(N) --seed $(SEED) --out "$(OUT)" $(SAMPLING)
 
 test: lint
 	$(BIN)/pytest -n $(JOBS) $(ARGS)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import sys
 from pathlib import Path
@@ -43,3 +44,13 @@ def test_a_figure_written_by_hand_is_found() -> None:
     by_hand = "It takes 3.2 ms.\n\n## Limits, computed\nA step takes 8.2 ms.\n\n## Next\nfree of them, 16×16 cells, 8 s"
     assert unmarked(by_hand) == ["It takes 3.2 ms.", "free of them, 16×16 cells, 8 s"]
     assert unmarked("<!-- figure: x -->3 ms<!-- /figure -->\n<!-- bench: y -->\n4 ms\n<!-- /bench -->") == []
+
+
+def test_scenes_in_the_readme_are_those_measured() -> None:
+    measured = json.loads((ROOT / "bench/results/scenes-best-of-32.json").read_text())
+    rows = {row["held_out"]: row for row in measured["rows"] if row["family"] == "all"}
+    text = (ROOT / "README.md").read_text()
+    for held_out, name in ((False, "combinations seen in training"), (True, "held-out combinations")):
+        shares = [f"{rows[held_out][key]:.1%}".replace("%", " %") for key in ("one", "best_of_n")]
+        assert f"| {name} | {shares[0]} | {shares[1]} |" in text
+    assert f"the first {measured['captions']} of 600" in " ".join(text.split())
