@@ -58,6 +58,7 @@ class StepPass:
     def __init__(self, cache: Cache, n: int, rotary: Tensor | None) -> None:
         self.cache, self.rotary = cache, rotary
         self.cells = cache.position + torch.arange(n, device=cache.position.device)  # [n]
+        self._places: tuple[Tensor, ...] | None = None
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         c = self.cache
@@ -67,15 +68,23 @@ class StepPass:
         )  # fmt: skip
 
     def shift(self, branch: int, x: Tensor) -> Tensor:
-        ring, width = self.cache.shift[branch], self.cache.config.width
+        ring = self.cache.shift[branch]
         quarter = x.shape[-1] // 4
-        ring.index_copy_(1, self.cells % ring.shape[1], x[..., : 2 * quarter])
-        above = ring[:, (self.cells - width) % ring.shape[1], :quarter]
-        left = ring[:, (self.cells - 1) % ring.shape[1], quarter:]
+        own, above, left, has_above, has_left = self._shift_places(ring.shape[1])
+        ring.index_copy_(1, own, x[..., : 2 * quarter])
         # where, not a product: what was never written may be NaN.
-        above = torch.where((self.cells >= width)[:, None], above, 0)
-        left = torch.where((self.cells % width > 0)[:, None], left, 0)
-        return torch.cat([above, left, x[..., 2 * quarter :]], dim=-1)
+        upper = torch.where(has_above, ring[:, above, :quarter], 0)
+        lefter = torch.where(has_left, ring[:, left, quarter:], 0)
+        return torch.cat([upper, lefter, x[..., 2 * quarter :]], dim=-1)
+
+    def _shift_places(self, size: int) -> tuple[Tensor, ...]:
+        """Slots of the cells, of those above and to the left, in rings of a size; and who has such neighbours, [n, 1]. The
+        same for all layers."""
+        if self._places is None:
+            cells, width = self.cells, self.cache.config.width
+            slots = (cells % size, (cells - width) % size, (cells - 1) % size)
+            self._places = (*slots, (cells >= width)[:, None], (cells % width > 0)[:, None])
+        return self._places
 
 
 def shift_sequence(x: Tensor, layout: SequenceLayout) -> Tensor:
