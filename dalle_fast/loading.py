@@ -7,12 +7,13 @@ from pathlib import Path
 
 import torch
 
-from dalle_fast import backends, cpu_engine, weights
+from dalle_fast import backends, cpu_engine, packed_model, weights
 from dalle_fast.backends import Call
 from dalle_fast.config import ModelConfig
 from dalle_fast.engine import Engine, TorchEngine
 from dalle_fast.graph_engine import GraphEngine
 from dalle_fast.model import DalleModel
+from dalle_fast.packed_model import PackedModel
 
 log = logging.getLogger(__name__)
 
@@ -53,9 +54,14 @@ def load_engine(
             raise backends.BackendUnavailable(f"dtype {dtype!r} needs the cpu backend: {reason}")
         log.info("the model runs on the torch backend: %s", reason)
     if dtype in QUANTIZED:
-        raise backends.BackendUnavailable(
-            f"dtype {dtype!r} needs the cpu backend, got device {where} and backend {backend!r}"
-        )
+        if reason := packed_model.why_not(dtype, where.type, backend):
+            raise backends.BackendUnavailable(
+                f"dtype {dtype!r} needs the cpu backend, or a GPU and the cuda backend, got device {where} and backend "
+                f"{backend!r}: {reason}"
+            )
+        packed = PackedModel.load_packed(folder, kind=dtype, device=where)
+        # "auto": a forced cuda backend would have to compute the whole-sequence attention of the text as well
+        return GraphEngine(packed, chunk, "auto", fp8_tails=fp8_tails)
     kind = gpu_dtype(where, dtype) if where.type == "cuda" else DTYPES.get(dtype, torch.float32)
     if backend != "auto" and (reason := backends.why_not(backend, Call("decode_attention", where.type, kind, 64))):
         raise backends.BackendUnavailable(f"backend {backend!r} cannot run here: {reason}")
