@@ -164,7 +164,7 @@ def test_a_file_too_large_is_one_line(model: Path, tmp_path: Path) -> None:
     command += ["--model", str(model), "--out", str(tmp_path / "out"), "--wave", "1", "--device", "cpu"]
 
     def limit() -> None:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000))  # the manifest fits, a picture does not
+        resource.setrlimit(resource.RLIMIT_FSIZE, (700, 700))  # the manifest fits, a picture does not
 
     run = subprocess.run(command, preexec_fn=limit, capture_output=True, text=True)
     assert run.returncode == 2 and "Traceback" not in run.stderr
