@@ -7,7 +7,7 @@ from typing import NamedTuple, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from dalle_fast import backends
+from dalle_fast import backends, onednn
 from dalle_fast.cache import Cache
 from dalle_fast.config import ModelConfig
 from dalle_fast.model import DalleModel
@@ -91,7 +91,9 @@ class TorchEngine:
     def __init__(self, model: DalleModel, chunk: int = 1, backend: str = "auto", *, fp8_tails: bool = False) -> None:
         """chunk: known tokens fed at a time. Each costs a slot in every ring, and a ring that a step reads whole is the
         fastest, so leave it at 1 where nothing is known. fp8_tails: as in cache.Cache."""
-        self.model, self.config = model, model.config
+        packed = backend in ("auto", "torch") and onednn.why_not(model.image_embedding.weight) is None
+        self.model: DalleModel = onednn.OneDnnModel(model) if packed else model
+        self.config = model.config
         self.chunk, self.backend, self.fp8_tails = chunk, backend, fp8_tails
         self.cache: Cache | None = None
 

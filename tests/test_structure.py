@@ -22,7 +22,7 @@ ORDER = [
     *("layout", "masks", "quantize", "packing", "reference", "backends"),
     *("kernels", "torch_backend", "cpu_backend", "triton_backend", "cuda_backend"),
     *("ops", "linear", "config", "cache", "weights", "passes", "model"),
-    *("planning", "engine", "cpu_engine", "packed_model", "graph_engine", "loading", "sampling"),
+    *("planning", "onednn", "engine", "cpu_engine", "packed_model", "graph_engine", "loading", "sampling"),
     *(
         "tokenizer",
         "codec",
