@@ -9,9 +9,15 @@ from helpers import BACKENDS, DEVICE, assert_close, canaries, plain_attention, r
 from dalle_fast import backends, ops, reference
 from dalle_fast.masks import Mask
 
-RULES = ["full", "row", "row(window=in_row)", "column", "conv(kernel=3,boundary=flat)", "conv(kernel=3,boundary=torus)"]
+RULES = [
+    *("full", "row", "row(window=in_row)", "column", "conv(kernel=3,boundary=flat)", "conv(kernel=3,boundary=torus)"),
+    *("conv(kernel=5,boundary=clip)", "conv(kernel=3,boundary=quadrant,dilation=2)"),
+]
 # prompts, candidates each, cells a step, first cell
-CASES = [(1, 1, 1, 0), (1, 5, 1, 37), (2, 3, 1, 63), (3, 1, 4, 21), (2, 2, 8, 0), (1, 17, 3, 40)]
+CASES = [
+    *((1, 1, 1, 0), (1, 5, 1, 37), (2, 3, 1, 63), (3, 1, 4, 21), (2, 2, 8, 0), (1, 17, 3, 40)),
+    *((1, 1, 1, 1), (1, 2, 1, 8), (1, 3, 1, 56), (2, 1, 1, 9), (1, 4, 2, 62), (4, 2, 1, 30), (1, 16, 1, 12)),
+]
 
 
 def plain_step(q, k, v, prefix_k, prefix_v, tail_k, tail_v, first, mask):

@@ -18,7 +18,7 @@ RULES = [
     "conv(kernel=3,boundary=quadrant,dilation=2)",
 ]
 # (layout, positions): whole, a prefix that ends inside a row, text alone, sides and texts that fill no tile.
-LENGTHS = [("16+8x8", 80), ("16+8x8", 53), ("16+8x8", 16), ("33+6x9", 87), ("40+7x5", 70)]
+LENGTHS = [("16+8x8", 80), ("16+8x8", 53), ("16+8x8", 16), ("33+6x9", 87), ("40+7x5", 70), ("7+3x11", 40)]
 FLOATS = [torch.float32, torch.float16]
 
 
