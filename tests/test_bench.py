@@ -55,7 +55,7 @@ WRONG = """
 from dalle_fast import torch_backend
 kept = torch_backend.decode_attention
 def decode_attention(q, k, v, prefix_k, prefix_v, *others):
-    return kept(q, k, v, prefix_k[:, :, :-1].contiguous(), prefix_v[:, :, :-1].contiguous(), *others)
+    return kept(q, k, v, prefix_k[:, :, :-8].contiguous(), prefix_v[:, :, :-8].contiguous(), *others)
 torch_backend.decode_attention = decode_attention
 """
 
