@@ -10,7 +10,7 @@
 
 PYTHON ?= python3
 VENV ?= .venv
-PROMPT ?= a penguin wearing a red hat, yellow gloves, a blue shirt and green pants
+PROMPT ?= a penguin wearing a yellow hat and a red shirt
 N ?= 8
 # What suits the bundled model: examples/scenes/README.md has the measurement.
 SAMPLING ?= --temperature 0.85 --guidance 1.5
