@@ -36,13 +36,14 @@ def lightning(state: dict[str, torch.Tensor], path: Path, **more: Any) -> Path:
 @pytest.mark.parametrize("sizes", [F4, F8])
 def test_gumbel_as_ruDALLE_has_it(tmp_path: Path, sizes: dict[str, Any]) -> None:
     with peer_packages.rudalle_vae() as peer:
+        torch.manual_seed(4)  # weights of which both sizes choose many different codes
         theirs = randomised(peer.GumbelVQ(sizes, n_embed=50, embed_dim=32))
         torch.nn.init.zeros_(theirs.quantize.proj.bias)  # which would choose the same code everywhere
         source = lightning(theirs.state_dict(), tmp_path / "vqgan.ckpt")
         checkpoints.convert_images(source, tmp_path / "out")
         ours = load_codec(tmp_path / "out")
         expected = theirs.encode(2 * PIXELS - 1, disable_gumbel_softmax=True)[2][2]
-        assert ours.encode(PIXELS).equal(expected) and len(expected.unique()) > 2
+        assert ours.encode(PIXELS).equal(expected) and len(expected.unique()) > 3
         drawn = theirs.decode(theirs.quantize.embed.weight[expected].permute(0, 3, 1, 2))
         torch.testing.assert_close(ours.decode(expected), (drawn.clamp(-1, 1) + 1) / 2, rtol=0, atol=1e-5)
 
