@@ -19,7 +19,6 @@ from . import render
 from .grammar import BLOCK_SHAPES, CLOCK_SHAPES, COLOURS, GARMENTS, Scene
 
 UNCLEAR = "unclear"
-_SHADES = (render.CUBE_FACES["side"], *render.SHADES)
 _BLACK, _PAPER, _BEAK, _GROUND = (len(COLOURS) + i for i in range(4))  # classes of pixels beside the eight colours
 _DEBRIS = 120  # px: a smaller area of one colour is no part (the smallest part, a small star, has 500)
 _SMALL_SIDE = 52  # px: between a small block's 40 and the others' 64 or more
@@ -150,8 +149,8 @@ def _classify(picture: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 @cache
 def _palette() -> tuple[np.ndarray, np.ndarray]:
-    rows = [np.minimum(np.array(render.PALETTE[name]) * shade, 255) for name in COLOURS for shade in _SHADES]
-    classes = [i for i in range(len(COLOURS)) for _ in _SHADES]
+    rows = [np.minimum(np.array(render.PALETTE[name]) * shade, 255) for name in COLOURS for shade in render.SHADES]
+    classes = [i for i in range(len(COLOURS)) for _ in render.SHADES]
     fixed = [render.FIXED[name] for name in ("black", "paper", "beak")]
     return np.array([*rows, *fixed], np.float32), np.array([*classes, _BLACK, _PAPER, _BEAK])
 

@@ -36,9 +36,10 @@ BACKGROUNDS = {
     "mint": (206, 238, 216),
     "lilac": (226, 214, 242),
 }
+BACKGROUND_NAMES = tuple(BACKGROUNDS)
 FIXED = {"black": (34, 34, 40), "paper": (255, 255, 255), "beak": (240, 150, 20)}
-SHADES = (0.88, 1.0, 1.1)  # the jitter of an object's colour
-CUBE_FACES = {"front": 1.0, "side": 0.7, "top": 1.1}
+SHADES = (0.82, 1.0, 1.1)  # the jitter of an object's colour
+CUBE_FACES = dict(zip(("side", "front", "top"), SHADES, strict=True))  # no shade of its own: see steady_codes.py
 _OVERSAMPLE = 8
 
 
@@ -223,7 +224,7 @@ def layout(scene: Scene, rng: np.random.Generator) -> tuple[str, list[Placed]]:
     def between(low: int, high: int) -> int:
         return int(rng.integers(low, high + 1))
 
-    background = list(BACKGROUNDS)[between(0, len(BACKGROUNDS) - 1)]
+    background = BACKGROUND_NAMES[between(0, len(BACKGROUND_NAMES) - 1)]
     shades = [SHADES[between(0, len(SHADES) - 1)] for _ in range(3)]
     if scene.family == "clocks":
         hour = scene.hour or between(1, 12)

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from . import render
-from .grammar import GARMENTS, sample_scene
+from .grammar import COLOURS, GARMENTS, sample_scene
 
 _CANONICAL = {"background": (158, 204, 255), "fill": (255, 0, 0)}
 _FLAT = 8 / 255  # a cell whose channels vary less than this is plain
@@ -25,6 +25,13 @@ def cells(picture: np.ndarray) -> np.ndarray:
     return (
         picture.reshape(side, render.CELL, side, render.CELL, 3).swapaxes(1, 2).reshape(side * side, render.CELL**2, 3)
     )
+
+
+def plain_colours() -> list[tuple[float, ...]]:
+    """Every colour of the palette in every shade, the backgrounds, black and white, 0..255. No beak fills a cell."""
+    tones = [tuple(min(shade * c, 255.0) for c in render.PALETTE[name]) for name in COLOURS for shade in render.SHADES]
+    grounds = [render.BACKGROUNDS[name] for name in render.BACKGROUND_NAMES]
+    return [*tones, *grounds, render.FIXED["black"], render.FIXED["paper"]]
 
 
 def canonical(placed: list[render.Placed]) -> np.ndarray:
@@ -46,20 +53,18 @@ class Codebook:
 
     @classmethod
     def build(cls, vocab: int, scenes: int = 1500, seed: int = 7) -> Codebook:
-        """Colours and forms that occur in `scenes` training scenes. Deterministic."""
+        """Every plain colour, and the forms that occur in `scenes` training scenes. Deterministic."""
         rng = np.random.default_rng(seed)
-        colours: set[tuple[int, ...]] = set()
         counts: dict[bytes, int] = {}
         for _ in range(scenes):
-            background, placed = render.layout(sample_scene(rng), rng)
-            form, real = cells(canonical(placed)), cells(render.paint(background, placed))
+            _, placed = render.layout(sample_scene(rng), rng)
+            form = cells(canonical(placed))
             flat = np.ptp(form, axis=1).max(-1) <= _FLAT
-            colours |= {tuple(c) for c in np.round(real[flat].mean(1) * 255).astype(int)}
             for patch in (form[~flat] * 255 + 0.5).astype(np.uint8):
                 counts[patch.tobytes()] = counts.get(patch.tobytes(), 0) + 1
         patches = np.stack([np.frombuffer(key, np.uint8) for key in sorted(counts)]).astype(np.float32) / 255
         weight = np.sqrt([counts[key] for key in sorted(counts)])
-        table = np.array(sorted(colours), np.float32) / 255
+        table = np.array(plain_colours(), np.float32) / 255
         return cls(table, _k_means(patches, weight, vocab - len(table), rng))
 
     def label(self, background: str, placed: list[render.Placed]) -> np.ndarray:

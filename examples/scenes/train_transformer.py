@@ -4,7 +4,7 @@
 which take it to zero: a run may be prolonged by resuming its checkpoint with more `--steps`. Until the last
 `--long-text` steps the text section has 32 positions, which every caption of the grammar fits into and which saves a
 third of the work; then the model gets its 256. Matrices learn by Muon, everything else by AdamW. Weights are float32,
-arithmetic is bfloat16.
+arithmetic is bfloat16. Under `torchrun --nproc-per-node N` each of N processes takes its part of every batch.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import time
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
@@ -66,6 +67,17 @@ def with_text(model: DalleModel, caption_len: int) -> DalleModel:
         state[name] = torch.cat([state[name][:cut], pads + 0.002 * torch.randn_like(pads), state[name][cut:]])
     longer.load_state_dict(state)
     return longer
+
+
+def with_short_text(model: DalleModel) -> DalleModel:
+    """The same model without the pads past the first SHORT_TEXT positions, to be trained on."""
+    old = model.config
+    short = DalleModel(old.replace(caption_len=SHORT_TEXT))
+    state = dict(model.state_dict())
+    for name, cut in grown(short.config).items():
+        state[name] = torch.cat([state[name][:cut], state[name][cut + old.caption_len - SHORT_TEXT :]])
+    short.load_state_dict(state)
+    return short
 
 
 def grown(config: ModelConfig) -> dict[str, int]:
@@ -128,7 +140,8 @@ def losses(model: DalleModel, text: Tensor, image: Tensor, run: Pass) -> tuple[T
 class Training:
     """Float32 weights, their bfloat16 working copy, and the two optimizers."""
 
-    def __init__(self, model: DalleModel, device: str, lr: float, matrix_lr: float) -> None:
+    def __init__(self, model: DalleModel, device: str, lr: float, matrix_lr: float, weight_decay: float) -> None:
+        self.rates = (lr, matrix_lr, weight_decay)
         self.model, self.device = model.to(device), device
         self.fast = copy.deepcopy(self.model).bfloat16()
         self.run: Pass = TiledPass(model.masks, torch.bfloat16) if device == "cpu" else FullPass(model.masks, None)
@@ -136,7 +149,7 @@ class Training:
         chosen = {id(p) for p in matrices}
         rest = [p for p in self.model.parameters() if id(p) not in chosen]
         self.optimizers = [
-            (torch.optim.Muon(matrices, lr=matrix_lr, momentum=0.95, weight_decay=0.0), matrix_lr),
+            (torch.optim.Muon(matrices, lr=matrix_lr, momentum=0.95, weight_decay=weight_decay), matrix_lr),
             (torch.optim.AdamW(rest, lr=lr, betas=(0.9, 0.95), weight_decay=0.0), lr),
         ]
 
@@ -151,6 +164,9 @@ class Training:
         loss.backward()
         for fast, p in pairs:
             p.grad = fast.grad.float()
+            if dist.is_initialized():
+                dist.all_reduce(p.grad)
+                p.grad /= dist.get_world_size()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         for optimizer, lr in self.optimizers:
             for group in optimizer.param_groups:
@@ -162,7 +178,7 @@ class Training:
         """The same training with the whole text section; the optimizers remember what they knew."""
         short = self.model.config
         model = with_text(self.model.cpu(), TEXT)
-        longer = Training(model, self.device, *(lr for _, lr in reversed(self.optimizers)))
+        longer = Training(model, self.device, *self.rates)
         for (new, _), (old, _) in zip(longer.optimizers, self.optimizers, strict=True):
             names = {id(p): name for name, p in model.named_parameters()}
             state = old.state_dict()
@@ -179,10 +195,21 @@ class Training:
         return {"model": self.model.state_dict(), "optimizers": [o.state_dict() for o, _ in self.optimizers]}
 
 
+def join_processes(device: str) -> tuple[int, int]:
+    """This process's rank and how many torchrun started; 0 and 1 without it."""
+    if "RANK" not in os.environ:
+        return 0, 1
+    dist.init_process_group("gloo" if device == "cpu" else "nccl")
+    return dist.get_rank(), dist.get_world_size()
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument(
         "--out", type=Path, required=True, help="the model folder; its checkpoint is training.pt in there"
+    )
+    parser.add_argument(
+        "--init", type=Path, help="a trained model folder to go on from, if there is no checkpoint yet"
     )
     parser.add_argument("--steps", type=int, default=4000)
     parser.add_argument(
@@ -194,28 +221,35 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=12)
     parser.add_argument("--lr", type=float, default=2e-3, help="of AdamW")
     parser.add_argument("--matrix-lr", type=float, default=0.01, help="of Muon")
+    parser.add_argument("--weight-decay", type=float, default=0.0, help="of Muon, times the learning rate, a step")
     parser.add_argument("--workers", type=int, default=0, help="processes that draw scenes")
     parser.add_argument("--save-every", type=int, default=100)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()
+    rank, world = join_processes(args.device)
     seed_everything(args.seed)
     tokenizer = train_tokenizer(args.out / "tokenizer.json")
     checkpoint = args.out / "training.pt"
     state = torch.load(checkpoint, map_location="cpu", weights_only=True) if checkpoint.exists() else None
     step = state["step"] if state else 0
-    model = DalleModel(config_of(args.dim, args.layers, state["text"] if state else SHORT_TEXT))
-    start_positions(model)
+    if args.init and not state:
+        model = with_short_text(DalleModel.load(args.init).float())
+    else:
+        model = DalleModel(config_of(args.dim, args.layers, state["text"] if state else SHORT_TEXT))
+        start_positions(model)
     if state:
         model.load_state_dict(state["model"])
-    training = Training(model, args.device, args.lr, args.matrix_lr)
+    training = Training(model, args.device, args.lr, args.matrix_lr, args.weight_decay)
     if state:
         for (optimizer, _), saved in zip(training.optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(saved)
     codebook = Codebook.build(512)
-    print(f"{sum(p.numel() for p in model.parameters())} parameters, from step {step} to {args.steps}", flush=True)
-    mean, started = None, time.time()
-    bar = tqdm(total=args.steps, initial=step, desc="transformer", mininterval=10)
+    if rank == 0:
+        count = sum(p.numel() for p in model.parameters())
+        print(f"{count} parameters, from step {step} to {args.steps}, {world} processes", flush=True)
+    mean, started, first = None, time.time(), step
+    bar = tqdm(total=args.steps, initial=step, desc="transformer", mininterval=10, disable=rank > 0)
     while step < args.steps:
         long = step >= args.steps - args.long_text
         if long and training.model.config.caption_len < TEXT:
@@ -226,23 +260,23 @@ def main() -> None:
         loader = torch.utils.data.DataLoader(data, batch_size=None, sampler=range(step, end), num_workers=args.workers)
         for text, image in loader:
             scale = min(1.0, (step + 1) / 100, (args.steps - step) / args.decay)
-            loss = training.step(text, image, scale)
+            loss = training.step(text[rank::world], image[rank::world], scale)
             mean = loss if mean is None else tuple(0.98 * m + 0.02 * x for m, x in zip(mean, loss, strict=True))
             step += 1
             bar.update()
             if step % 20 == 0:
-                rate = args.batch * (step - bar.initial) / (time.time() - started)
+                rate = args.batch * (step - first) / (time.time() - started)
                 bar.set_postfix_str(f"text {mean[0]:.4f} image {mean[1]:.5f} nats/token, {rate:.2f} sequences/s")
-            if step % args.save_every == 0 or step == args.steps:
+            if rank == 0 and (step % args.save_every == 0 or step == args.steps):
                 saved = {**training.state(), "step": step, "text": training.model.config.caption_len}
                 torch.save(saved, checkpoint.with_suffix(".tmp"))
                 os.replace(checkpoint.with_suffix(".tmp"), checkpoint)
                 tqdm.write(
                     f"step {step} ({step * args.batch} sequences): text {mean[0]:.4f}, image {mean[1]:.5f}", nolock=True
                 )
-    final = copy.deepcopy(training.model).cpu().half()
-    final.save(args.out)
-    print(f"wrote {args.out}: {args.steps * args.batch} sequences seen", flush=True)
+    if rank == 0:
+        copy.deepcopy(training.model).cpu().half().save(args.out)
+        print(f"wrote {args.out}: {args.steps * args.batch} sequences seen", flush=True)
 
 
 if __name__ == "__main__":
