@@ -5,14 +5,26 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 
 sys.path.append(str(Path(__file__).resolve().parent.parent))  # examples/ is not installed
 
 from dalle_fast.images import DVAE
 from dalle_fast.model import DalleModel
-from examples.scenes import export, steady_codes, train_clip, train_dvae, train_transformer
+from examples.scenes import (
+    checker,
+    draw_for_clip,
+    export,
+    grammar,
+    render,
+    steady_codes,
+    train_clip,
+    train_dvae,
+    train_transformer,
+)
 
 
 @pytest.fixture(scope="module")
@@ -75,8 +87,62 @@ def test_dvae(monkeypatch, tmp_path) -> None:
         assert torch.equal(tensor, b[name]), name
 
 
-def test_clip(monkeypatch, tmp_path) -> None:
+def test_transformer_in_a_process_group(monkeypatch, tmp_path) -> None:
+    """As torchrun starts it: of one process, the same weights as without. And going on from a trained folder."""
+    options = "--dim 64 --layers 2 --batch 2 --steps 2 --decay 2 --long-text 1 --device cpu"
+    run(monkeypatch, train_transformer, tmp_path / "a", options)
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        monkeypatch.setattr(train_transformer, "join_processes", lambda device: (0, 1))
+        run(monkeypatch, train_transformer, tmp_path / "b", options)
+    finally:
+        dist.destroy_process_group()
+    a, b = (DalleModel.load(tmp_path / name).state_dict() for name in "ab")
+    assert all(torch.equal(tensor, b[name]) for name, tensor in a.items())
+    tiny_rates = "--lr 1e-9 --matrix-lr 1e-9"
+    run(monkeypatch, train_transformer, tmp_path / "c", f"{options} {tiny_rates} --init {tmp_path / 'a'}")
+    c = DalleModel.load(tmp_path / "c").state_dict()
+    assert all(torch.allclose(c[name], a[name], atol=1e-3) for name in a if "text" not in name and "head" not in name)
+
+
+def test_drawn_pictures(monkeypatch, tmp_path) -> None:
+    monkeypatch.setattr(draw_for_clip, "SAVE_EVERY", 1)
+    whole, killed = tmp_path / "whole.npz", tmp_path / "killed.npz"
+    run(monkeypatch, draw_for_clip, whole, "--captions 2 --n 2 --device cpu")
+    run(monkeypatch, draw_for_clip, killed, "--captions 2 --n 2 --device cpu", (draw_for_clip.checker, "check", 3))
+    a, b = draw_for_clip.read(whole), draw_for_clip.read(killed)
+    for x, y in zip(a, b, strict=True):
+        assert (x.pictures == y.pictures).all() and (x.exact == y.exact).all()
+        assert x.pictures.shape == (2, 256, 256, 3) and not grammar.is_held_out(x.scene)
+        assert [all(checker.check(p, x.scene).values()) for p in x.pictures] == x.exact.tolist()
+
+
+@pytest.fixture
+def drawn(tmp_path) -> Path:
+    """One exact and one wrong picture of each of two scenes, in a file as draw_for_clip writes it."""
+    rng = np.random.default_rng(0)
+    scenes = [draw_for_clip.question(i)[0] for i in range(2)]
+    pictures = [[render.render(s, rng), render.render(grammar.one_attribute_changed(s)[0], rng)] for s in scenes]
+    np.savez(tmp_path / "drawn.npz", pictures=np.array(pictures), exact=np.array([[True, False]] * 2))
+    return tmp_path / "drawn.npz"
+
+
+def test_clip_learns_from_drawn_pictures(monkeypatch, drawn) -> None:
+    monkeypatch.setattr(train_clip, "DRAWN_SHARE", 1.0)
+    found = draw_for_clip.read(drawn)
+    batch = train_clip.Batch(0, 4, 0, found)
+    exact, wrong = (train_clip.pixels([d.pictures[i] for d in found]) for i in (0, 1))
+    for i in range(4):
+        assert any(torch.equal(batch.pixels[i], x) for x in exact)
+        assert any(torch.equal(batch.pixels[8 + i], x) for x in wrong)
+        assert batch.fits[i, i] and not batch.fits[8 + i, i]
+
+
+@pytest.mark.parametrize("with_drawn", [False, True])
+def test_clip(monkeypatch, tmp_path, drawn, with_drawn) -> None:
     options = "--steps 4 --groups 3 --width 64 --layers 1 --text-layers 1 --patch 32"
+    if with_drawn:
+        options += f" --drawn {drawn}"
     monkeypatch.setattr(train_clip, "SAVE_EVERY", 2)
     monkeypatch.setattr(train_clip, "quality", lambda *args: {})
     run(monkeypatch, train_clip, tmp_path / "a", options)

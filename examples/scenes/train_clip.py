@@ -1,8 +1,9 @@
 """Trains the bundled CLIP on rendered scenes; resumes from its checkpoint.
 
 `python -m examples.scenes.train_clip --help`. A CLIPModel of the transformers library learns by contrast in batches made
-of hard cases: each scene comes with one that differs in one attribute, and with a picture spliced from both, which fits
-no caption and teaches that a damaged picture is worth less. While it trains, linear heads on both embeddings also name
+of hard cases: each scene comes with one that differs in one attribute, and with a damaged picture, which teaches that a
+damaged picture is worth less: one that the model drew and the checker refused (`--drawn`, from draw_for_clip.py), or one
+spliced from the two scenes. While it trains, linear heads on both embeddings also name
 the scene's attributes; that is much faster learnt than contrast alone, and puts both towers into one space. The heads are
 thrown away. Combinations held out from the transformer are held out here too.
 """
@@ -22,8 +23,9 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import CLIPConfig, CLIPModel, PreTrainedTokenizerFast
 
-from . import render
+from . import draw_for_clip, render
 from .data import seed_everything
+from .draw_for_clip import Drawn
 from .grammar import (
     BLOCK_SHAPES,
     CLOCK_SHAPES,
@@ -40,6 +42,7 @@ from .grammar import (
 
 SIZE, CAPTION_LEN = 128, 32
 SAVE_EVERY = 200
+DRAWN_SHARE = 0.6  # of a batch's scenes, if there are drawn pictures
 MEAN = (0.48145466, 0.4578275, 0.40821073)  # CLIP's own
 DEVIATION = (0.26862954, 0.26130258, 0.27577711)
 ARRANGEMENTS = ("group", "left_of", "on_top", "tower")
@@ -135,32 +138,40 @@ def splice(a: np.ndarray, b: np.ndarray, rng: np.random.Generator) -> np.ndarray
     return mixed
 
 
-class Batch:
-    """The batch of one step, which depends on the seed and the step alone.
+def _any_of(pictures: np.ndarray, rng: np.random.Generator) -> np.ndarray | None:
+    return pictures[int(rng.integers(len(pictures)))] if len(pictures) else None
 
-    pixels [3g, 3, 128, 128]: g scenes, g that differ in one attribute, g spliced; texts 2g; fits [3g, 2g] bool;
-    attributes [2g, heads] int64.
+
+class Batch:
+    """The batch of one step, which depends on the seed, the step and the drawn pictures alone.
+
+    pixels [3g, 3, 128, 128]: g scenes, g that differ in one attribute, g damaged; texts 2g; fits [3g, 2g] bool;
+    attributes [2g, heads] int64. Of the g scenes DRAWN_SHARE are drawn ones, shown by an exact picture if there is one.
     """
 
-    def __init__(self, step: int, groups: int, seed: int) -> None:
+    def __init__(self, step: int, groups: int, seed: int, drawn: list[Drawn]) -> None:
         rng = np.random.default_rng((seed, step))
-        scenes, changed, spliced, pictures = [], [], [], []
-        while len(changed) < groups:
-            scene = sample_scene(rng)
+        chosen = [
+            drawn[int(rng.integers(len(drawn)))] if drawn and rng.random() < DRAWN_SHARE else None
+            for _ in range(groups)
+        ]
+        scenes, changed, damaged = [d.scene if d else sample_scene(rng) for d in chosen], [], []
+        for scene in scenes:
             others = [other for other in one_attribute_changed(scene) if not is_held_out(other)]
-            scenes.append(scene)
             changed.append(others[int(rng.integers(len(others)))])
         shown = scenes + changed
         pictures = [render.render(scene, rng) for scene in shown]
-        for i in range(groups):
-            spliced.append(splice(pictures[i], pictures[groups + i], rng))
-        self.pixels = pixels(pictures + spliced)
+        for i, d in enumerate(chosen):
+            good, bad = (_any_of(d.pictures[d.exact == right], rng) if d else None for right in (True, False))
+            pictures[i] = pictures[i] if good is None else good
+            damaged.append(splice(pictures[i], pictures[groups + i], rng) if bad is None else bad)
+        self.pixels = pixels(pictures + damaged)
         self.texts = [sample_caption(scene, rng) for scene in shown]
         self.fits = torch.tensor([[fits(a, b) for b in shown] for a in shown])
         # A splice that left the objects as they were would fit after all: it counts for no caption of its two scenes.
         maybe = self.fits[:groups] | self.fits[groups:]
         self.fits = torch.cat([self.fits, maybe & ~torch.eye(2 * groups, dtype=torch.bool)[:groups]])
-        for i, (a, picture) in enumerate(zip(pictures[:groups], spliced, strict=True)):
+        for i, (a, picture) in enumerate(zip(pictures[:groups], damaged, strict=True)):
             if np.abs(picture.astype(int) - a).mean() < 1.0:
                 self.fits[2 * groups + i, i] = True
         self.attributes = torch.tensor([attributes(scene) for scene in shown])
@@ -242,6 +253,8 @@ def main() -> None:
     parser.add_argument(
         "--out", type=Path, required=True, help="the CLIP folder; the checkpoint is training.pt in there"
     )
+    parser.add_argument("--init", type=Path, help="a trained CLIP folder to go on from, if there is no checkpoint yet")
+    parser.add_argument("--drawn", type=Path, help="pictures of a trained model, from draw_for_clip.py")
     parser.add_argument("--steps", type=int, default=2000)
     parser.add_argument("--groups", type=int, default=32, help="scenes a step; each gives three pictures")
     parser.add_argument("--width", type=int, default=192)
@@ -255,7 +268,11 @@ def main() -> None:
     seed_everything(args.seed)
     args.out.mkdir(parents=True, exist_ok=True)
     tokenizer = make_tokenizer(args.out)
-    model = Training(make_model(args.width, args.layers, args.patch, args.text_layers), args.width)
+    drawn = draw_for_clip.read(args.drawn) if args.drawn else []
+    clip = make_model(args.width, args.layers, args.patch, args.text_layers)
+    if args.init:
+        clip.load_state_dict(CLIPModel.from_pretrained(str(args.init)).state_dict())
+    model = Training(clip, args.width)
     matrices = [p for name, p in model.clip.named_parameters() if p.ndim == 2 and ".layers." in name]
     chosen = {id(p) for p in matrices}
     rest = [p for p in model.parameters() if id(p) not in chosen]
@@ -279,7 +296,7 @@ def main() -> None:
         for optimizer, lr in optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = lr * scale
-        batch = Batch(step, args.groups, args.seed)
+        batch = Batch(step, args.groups, args.seed, drawn)
         tokens = tokenizer(batch.texts, padding=True, return_tensors="pt")
         with torch.autocast("cpu", torch.bfloat16):
             images, texts = model.embed(batch.pixels, tokens)
@@ -292,7 +309,7 @@ def main() -> None:
         with torch.no_grad():
             model.clip.logit_scale.clamp_(max=math.log(100))
         if step % 20 == 0:
-            bar.set_postfix_str(f"contrast {float(contrast):.3f}, attributes {float(missed):.3f}")
+            bar.set_postfix_str(f"contrast {contrast.item():.3f}, attributes {missed.item():.3f}")
         if (step + 1) % SAVE_EVERY == 0 or step + 1 == args.steps:
             state = {
                 "model": model.state_dict(),

@@ -208,9 +208,7 @@ def main() -> None:
     parser.add_argument(
         "--out", type=Path, required=True, help="the model folder; its checkpoint is training.pt in there"
     )
-    parser.add_argument(
-        "--init", type=Path, help="a trained model folder to go on from, if there is no checkpoint yet"
-    )
+    parser.add_argument("--init", type=Path, help="a trained model folder to go on from, if there is no checkpoint yet")
     parser.add_argument("--steps", type=int, default=4000)
     parser.add_argument(
         "--decay", type=int, default=1000, help="the last steps, in which the learning rate falls to zero"
