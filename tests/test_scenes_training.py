@@ -78,7 +78,7 @@ def test_transformer(monkeypatch, tmp_path, capsys) -> None:
 
 
 def test_dvae(monkeypatch, tmp_path) -> None:
-    options = "--steps 3 --batch 2 --scenes 6 --hidden 8 --vocab 160 --device cpu"
+    options = "--steps 4 --batch 2 --scenes 6 --hidden 8 --vocab 160 --device cpu"
     monkeypatch.setattr(train_dvae, "quality", lambda *args: (0.0, 0.0))
     for name in "ab":
         run(monkeypatch, train_dvae, tmp_path / name, options)

@@ -3,9 +3,10 @@
 `python -m examples.scenes.train_dvae --help`.
 
 The paper's objective (Gumbel-softmax relaxation, temperature annealed to 1/16, logit-Laplace likelihood) with two
-additions: a squared-error term, and a cross-entropy that ties the encoder to steady_codes.py. The last quarter of the
-steps feeds the decoder the argmax codes, as sampling does. There is no KL term: it would reward using all codes equally
-often, and here a plain background should cost nothing.
+additions: a squared-error term, and a cross-entropy that ties the encoder to steady_codes.py. In the last quarter of the
+steps the decoder learns alone, from those codes themselves, which are what the transformer draws; cells that are not plain
+then count more, as the decoder has to find their colours in other cells. There is no KL term: it would reward using all
+codes equally often, and here a plain background should cost nothing.
 """
 
 from __future__ import annotations
@@ -23,10 +24,13 @@ from tqdm import tqdm
 from dalle_fast.images import DVAE, DVAEConfig, logit_laplace_loss, map_pixels, unmap_pixels
 
 from . import render
-from .grammar import sample_scene
+from .data import SHARES
+from .grammar import FAMILIES, sample_scene
 from .steady_codes import Codebook, to_tensor
 
 CROP = 10  # cells a side
+ALONE = 0.75  # of the steps, after which the decoder learns alone
+FORM_WEIGHT = 5.0  # of the squared error in cells that are not plain, from then on
 
 
 def crops(scenes: int, codebook: Codebook, seed: int) -> tuple[torch.Tensor, torch.Tensor, list[torch.Tensor]]:
@@ -34,7 +38,8 @@ def crops(scenes: int, codebook: Codebook, seed: int) -> tuple[torch.Tensor, tor
     rng = np.random.default_rng(seed)
     pictures, codes, busy = [], [], []
     for _ in tqdm(range(scenes), desc="scenes", disable=None):
-        background, placed = render.layout(sample_scene(rng), rng)
+        family = FAMILIES[int(rng.choice(len(FAMILIES), p=SHARES))]
+        background, placed = render.layout(sample_scene(rng, family), rng)
         picture = (render.paint(background, placed, rng) * 255 + 0.5).astype(np.uint8)
         label = torch.from_numpy(codebook.label(background, placed))
         pictures.append(torch.from_numpy(picture).permute(2, 0, 1))
@@ -59,24 +64,27 @@ def batch_of(data, step: int, size: int, seed: int) -> tuple[torch.Tensor, torch
     return torch.stack(xs).float() / 255, torch.stack(ys)
 
 
-def loss_of(model: DVAE, x: torch.Tensor, codes: torch.Tensor, progress: float, generator: torch.Generator):
-    """The loss at `progress` in 0..1 through training, and figures to show."""
-    logits = model.encoder(map_pixels(x).contiguous(memory_format=torch.channels_last)).float()  # [B, V, h, w]
-    anchor = F.cross_entropy(logits, codes)
-    if progress < 0.75:
+def loss_of(
+    model: DVAE, x: torch.Tensor, codes: torch.Tensor, plain: int, progress: float, generator: torch.Generator
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """The loss at `progress` in 0..1 through training, and figures to show. Codes below `plain` are plain colours."""
+    if progress >= ALONE:
+        relaxed = F.one_hot(codes, model.config.vocab_size).permute(0, 3, 1, 2).float()
+        anchor = x.new_zeros(())
+        weight = torch.where(codes >= plain, FORM_WEIGHT, 1.0).repeat_interleave(8, 1).repeat_interleave(8, 2)
+        figures = {}
+    else:
+        logits = model.encoder(map_pixels(x).contiguous(memory_format=torch.channels_last)).float()  # [B, V, h, w]
+        anchor = F.cross_entropy(logits, codes)
         temperature = math.exp(math.log(1 / 16) * min(1.0, progress / 0.5))
         noise = -torch.empty_like(logits).exponential_(generator=generator).log()
         relaxed = ((logits + noise) / temperature).softmax(1)
-    else:
-        soft = logits.softmax(1)
-        hard = F.one_hot(logits.argmax(1), logits.shape[1]).permute(0, 3, 1, 2).float()
-        relaxed = hard + soft - soft.detach()
-    output = model.decoder(relaxed).float()
-    mean, log_scale = output.chunk(2, dim=1)
+        weight = x.new_ones(())
+        figures = {"ce": anchor, "agree": (logits.argmax(1) == codes).float().mean()}
+    mean, log_scale = model.decoder(relaxed).float().chunk(2, dim=1)
     likelihood = logit_laplace_loss(torch.cat([mean, log_scale.clamp(min=-2)], 1), x)
-    squared = F.mse_loss(unmap_pixels(torch.sigmoid(mean)), x)
-    agree = (logits.argmax(1) == codes).float().mean()
-    return 0.2 * likelihood + 30 * squared + anchor, {"ce": anchor, "psnr": -10 * squared.log10(), "agree": agree}
+    error = (unmap_pixels(torch.sigmoid(mean)) - x).square().mean(1)
+    return 0.2 * likelihood + 30 * (error * weight).mean() + anchor, {"psnr": -10 * error.mean().log10(), **figures}
 
 
 @torch.no_grad()
@@ -128,8 +136,8 @@ def main() -> None:
         x, codes = (y.to(args.device) for y in batch_of(data, step, args.batch, args.seed))
         noise = torch.Generator(args.device).manual_seed(args.seed * 1_000_003 + step)
         with torch.autocast(args.device, torch.bfloat16):
-            loss, figures = loss_of(model, x, codes, progress, noise)
-        optimizer.zero_grad()
+            loss, figures = loss_of(model, x, codes, len(codebook.colours), progress, noise)
+        optimizer.zero_grad()  # with no gradient at all, AdamW leaves the encoder alone
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
