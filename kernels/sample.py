@@ -2,7 +2,7 @@
 
 The noise is -log(-log u) with u from Philox4x32-10 (Salmon et al. 2011) keyed by seed, candidate and position: token t has
 word t % 4 of counter (t // 4, position, candidate). The cuts are exact: the threshold is found bit by bit among the ordered
-integer images of the logits, and equal logits go by token id.
+integer images of the logits, and equal logits go by token id. Probabilities are counted in 2^-31 of the largest.
 """
 
 from __future__ import annotations
@@ -49,22 +49,26 @@ def sample(
     if TOP_P:
         top_p = tl.full((), 0.0, tl.float64) + top_p_high + top_p_low
         peak = tl.max(x, 0)
-        # Each mass to float32, their sums in float64: held in float64 they spill at 8192 tokens a row.
-        mass = tl.where(keep, tl.exp(x - peak), 0.0)
-        wanted = top_p * tl.sum(mass.to(tl.float64), 0)
+        # Whole numbers: their sums depend on no order, and where floats would be widened ahead of the loop they spill.
+        mass = tl.where(keep, tl.exp(x - peak) * 2147483648.0 + 0.5, 0.0).to(tl.uint32)
+        wanted = top_p * tl.sum(mass.to(tl.int64), 0).to(tl.float64)
         level = tl.full((), 0, tl.uint32)
         bit = tl.full((), 2147483648, tl.uint32)
         for _ in range(32):  # the largest level above which the mass is reached
             trial = level | bit
-            enough = tl.sum(tl.where(key >= trial, mass, 0.0).to(tl.float64), 0) >= wanted
+            enough = tl.sum(tl.where(key >= trial, mass, 0).to(tl.int64), 0).to(tl.float64) >= wanted
             level = tl.where(enough, trial, level)
             bit = bit >> 1
         above = keep & (key > level)
         equal = keep & (key == level)
-        before = tl.sum(tl.where(above, mass, 0.0).to(tl.float64), 0)
-        each = tl.max(tl.where(equal, mass, 0.0), 0).to(tl.float64)
-        earlier = (tl.cumsum(equal.to(tl.int32), 0) - 1).to(tl.float64)
-        keep = above | (equal & (before + earlier * each < wanted))
+        before = tl.sum(tl.where(above, mass, 0).to(tl.int64), 0).to(tl.float64)
+        each = tl.max(tl.where(equal, mass, 0).to(tl.int64), 0).to(tl.float64)
+        room = tl.full((), 0, tl.int32)
+        step = tl.full((), BLOCK, tl.int32)
+        while step > 0:  # how many of the equal tokens start below the mass that is wanted
+            room = tl.where(before + (room + step - 1).to(tl.float64) * each < wanted, room + step, room)
+            step = step >> 1
+        keep = above | (equal & (tl.cumsum(equal.to(tl.int32), 0) <= room))
         keep = keep | (token == tl.min(tl.where(x == peak, token, BLOCK), 0))
     counter = tl.arange(0, BLOCK // 4).to(tl.uint32)
     candidate = tl.load(candidates + row)
