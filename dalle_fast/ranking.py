@@ -19,17 +19,19 @@ from torch import Tensor
 from dalle_fast.weights import WeightError
 
 Pictures = Sequence[Image.Image]
+MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)  # of colours, CLIP's
 
 
 class ClipRanker:
     """Scores pictures against captions by the cosine of their CLIP embeddings, times 100.
 
-    folder: a folder that holds a transformers CLIPModel, its tokenizer and preprocessor_config.json, or a hub name.
+    folder: a folder that holds a transformers CLIPModel, its tokenizer and preprocessor_config.json (without one pictures
+    are prepared as CLIP's authors do), or a hub name.
     Raises WeightError if it can't be loaded, ImportError if transformers is not installed.
     """
 
     def __init__(self, folder: str | Path, *, device: torch.device | str = "cpu") -> None:
-        from transformers import CLIPModel, PreTrainedTokenizerFast
+        from transformers import CLIPModel, ImageProcessingMixin, PreTrainedTokenizerFast
         from transformers.utils import logging
 
         logging.disable_progress_bar()
@@ -47,6 +49,14 @@ class ClipRanker:
                 str(folder), local_files_only=local, output_loading_info=True, ignore_mismatched_sizes=True
             )
             self.tokenizer: Any = PreTrainedTokenizerFast.from_pretrained(str(folder), local_files_only=local)
+            prepared: dict[str, Any] = {}
+            if not local or (Path(folder) / "preprocessor_config.json").exists():
+                prepared, _ = ImageProcessingMixin.get_image_processor_dict(str(folder), local_files_only=local)
+            self.resample = Image.Resampling(prepared.get("resample", Image.Resampling.BICUBIC))
+            self.mean, self.std = (
+                np.array(prepared.get(name, ours), dtype=np.float64).reshape(3)
+                for name, ours in (("image_mean", MEAN), ("image_std", STD))
+            )
         except Exception as error:  # transformers and its readers raise a dozen kinds
             reason = " ".join(str(error).split())[:200] or type(error).__name__
             raise WeightError(f"cannot load a CLIP model from {folder}: {reason}") from None
@@ -71,14 +81,13 @@ class ClipRanker:
         return torch.nn.functional.normalize(torch.cat(parts), dim=-1)
 
     def _pixels(self, picture: Image.Image) -> Tensor:
-        """CLIP's own preprocessing: shorter side to the model's size, bicubic, centre crop, its mean and deviation."""
+        """Shorter side to the model's size, centre crop, mean and deviation of the folder's preprocessor_config.json."""
         scale = self.size / min(picture.size)
         width, height = (max(self.size, round(side * scale)) for side in picture.size)
-        resized = picture.convert("RGB").resize((width, height), Image.Resampling.BICUBIC)
+        resized = picture.convert("RGB").resize((width, height), self.resample)
         left, top = (width - self.size) // 2, (height - self.size) // 2
         pixels = np.asarray(resized.crop((left, top, left + self.size, top + self.size)), dtype=np.float32) / 255
-        mean, deviation = np.array([0.48145466, 0.4578275, 0.40821073]), np.array([0.26862954, 0.26130258, 0.27577711])
-        return torch.from_numpy(((pixels - mean) / deviation).astype(np.float32)).permute(2, 0, 1)
+        return torch.from_numpy(((pixels - self.mean) / self.std).astype(np.float32)).permute(2, 0, 1)
 
     @torch.inference_mode()
     def embed_texts(self, texts: Sequence[str]) -> Tensor:

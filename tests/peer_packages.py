@@ -74,6 +74,13 @@ def rudalle_vae() -> Iterator[Any]:
 
 
 @contextmanager
+def ruclip() -> Iterator[Any]:
+    """ruclip.model of 0.0.2."""
+    with packages("ruclip"):
+        yield importlib.import_module("ruclip.model")
+
+
+@contextmanager
 def dalle_pytorch_tokenizer() -> Iterator[Any]:
     """dalle_pytorch.tokenizer, but for youtokentome, which needs a compiler."""
     with packages("dalle_pytorch", needs=("ftfy", "regex", "transformers"), stubs={"youtokentome": {}}):

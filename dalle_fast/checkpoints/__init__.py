@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from dalle_fast.checkpoints import bpe, dalle_pytorch, image_tokenizers, rudalle, untrusted, writing
+from dalle_fast.checkpoints import bpe, dalle_pytorch, image_tokenizers, ruclip, rudalle, untrusted, writing
 from dalle_fast.checkpoints.writing import Part
 from dalle_fast.codec import Codec
 from dalle_fast.config import ModelConfig
@@ -93,6 +93,31 @@ def convert_images(
     del content
     _write(src, "an image tokenizer", Path(dst), [part], dtype, overwrite)
     return codec
+
+
+def convert_clip(
+    src: str | Path,
+    dst: str | Path,
+    *,
+    dtype: torch.dtype | None = None,
+    trust_pickle: bool = False,
+    sha256: str | Collection[str] = (),
+    overwrite: bool = False,
+) -> dict[str, Any]:
+    """Reads a ruCLIP folder (config.json, pytorch_model.bin, bpe.model) and writes one that ranking.ClipRanker loads.
+
+    Returns transformers' configuration. Arguments and errors as of convert.
+    """
+    src, trusted = Path(src), (sha256,) if isinstance(sha256, str) else tuple(sha256)
+    config = ruclip.read_config(src / "config.json")
+    content, digests = untrusted.read(src, trust_pickle=trust_pickle, trusted=trusted)
+    tokenizer = ruclip.read_tokenizer(src / "bpe.model", config["vocab_size"])
+    part: Part = _fitting(src, "ruclip", ruclip.read, content, config=config, tokenizer=tokenizer)
+    del content
+    digests |= {name: untrusted.sha256(src / name) for name in ("config.json", "bpe.model")}
+    part.texts["notes.json"] = _notes("ruclip", digests, {})
+    _write(src, "ruclip", Path(dst), [part], dtype, overwrite)
+    return ruclip.clip_config(config)
 
 
 def missing(folder: Path) -> list[str]:

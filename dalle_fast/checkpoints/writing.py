@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor
@@ -82,7 +82,8 @@ def stream(file: BinaryIO, state: dict[str, Tensor], dtype: torch.dtype | None =
     that are not finite."""
     kinds = {name: x.dtype if dtype is None or name == "rotary" else dtype for name, x in state.items()}
     names = sorted(state, key=lambda name: (-kinds[name].itemsize, state[name].data_ptr()))
-    header, start = {}, 0
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}  # transformers asks for it
+    start = 0
     for name in names:
         end = start + state[name].numel() * kinds[name].itemsize
         header[name] = {"dtype": TYPES[kinds[name]], "shape": list(state[name].shape), "data_offsets": [start, end]}

@@ -7,12 +7,17 @@ from pathlib import Path
 from typing import Any
 
 HELP = "make a checkpoint of another project a model folder"
-FAMILIES = ("rudalle", "dalle-pytorch", "images")
+FAMILIES = ("rudalle", "dalle-pytorch", "images", "ruclip")
+ALONE = {"images": "an image tokenizer", "ruclip": "a CLIP model"}
 
 
 def options(parser: argparse.ArgumentParser) -> None:
     option = parser.add_argument
-    option("family", choices=FAMILIES, help="whose file it is; images: an image tokenizer alone")
+    option(
+        "family",
+        choices=FAMILIES,
+        help="whose file it is; images: an image tokenizer alone; ruclip: a CLIP to rank with",
+    )
     option("source", type=Path, help="a file, or a folder of its shards")
     option("folder", type=Path, help="what is written; made if it isn't there")
     option(
@@ -45,10 +50,16 @@ def run(arguments: argparse.Namespace) -> int:
         "sha256": arguments.sha256,
         "overwrite": arguments.overwrite,
     }
-    if arguments.family == "images":
+    if arguments.family in ALONE:
         for name in ("tokenizer", "images", "model_version", "heads", "shift_tokens"):
             if getattr(arguments, name) is not None:
-                raise ValueError(f"got --{name.replace('_', '-')} for an image tokenizer, which has none")
+                raise ValueError(f"got --{name.replace('_', '-')} for {ALONE[arguments.family]}, which has none")
+    if arguments.family == "ruclip":
+        clip = checkpoints.convert_clip(arguments.source, arguments.folder, **how)
+        size, width = clip["vision_config"]["image_size"], clip["projection_dim"]
+        print(f"CLIP of {width} features for pictures of {size} pixels: rank with --clip {arguments.folder}")
+        return 0
+    if arguments.family == "images":
         codec = checkpoints.convert_images(arguments.source, arguments.folder, **how)
         print(f"{codec.name} of {codec.vocab_size} codes: {arguments.folder}")
         return 0
