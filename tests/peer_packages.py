@@ -74,6 +74,13 @@ def rudalle_vae() -> Iterator[Any]:
 
 
 @contextmanager
+def dall_e() -> Iterator[Any]:
+    """dall_e.encoder and dall_e.decoder of OpenAI's DALL-E 0.1."""
+    with packages("dall_e", needs=("attr",)):
+        yield importlib.import_module("dall_e.encoder"), importlib.import_module("dall_e.decoder")
+
+
+@contextmanager
 def ruclip() -> Iterator[Any]:
     """ruclip.model of 0.0.2."""
     with packages("ruclip"):
