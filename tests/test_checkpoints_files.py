@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -174,3 +176,50 @@ def test_shards(tmp_path: Path) -> None:
     torch.save(rudalle_state(), tmp_path / "source/again.pt")
     with pytest.raises(WeightError, match="again, expected shards without overlap"):
         checkpoints.convert("rudalle", tmp_path / "source", tmp_path / "other", version=3, heads=2)
+
+
+ANONYMOUS = """
+import sys, threading, torch
+from dalle_fast import checkpoints
+
+def anonymous():
+    lines = open("/proc/self/smaps_rollup").read().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("Anonymous:"))
+
+def convert(name):
+    checkpoints.convert("rudalle", name, name + "-out", version=3, heads=2, dtype=getattr(torch, sys.argv[1], None))
+
+def watch():
+    global peak
+    while not done.wait(0.003):
+        peak = max(peak, anonymous())
+
+convert("small")  # what is loaded once is there now
+done, peak, start = threading.Event(), 0, anonymous()
+threading.Thread(target=watch, daemon=True).start()
+convert("large")
+done.set()
+print(peak - start)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/smaps_rollup").exists(), reason="needs Linux's /proc/self/smaps_rollup")
+@pytest.mark.parametrize("dtype", ["as it is", "float16"])
+@pytest.mark.parametrize("suffix", ["bin", "safetensors"])
+def test_a_conversion_holds_less_than_a_shard(tmp_path: Path, suffix: str, dtype: str) -> None:
+    """Beside what is mapped from the files, which the system may drop at any time."""
+    for name, dim, layers in (("small", 32, 1), ("large", 1024, 5)):
+        one = rudalle_state(dim=dim)
+        state = {k.replace("layers.0.", f"layers.{i}."): x.clone() for i in range(layers) for k, x in one.items()}
+        names = list(state)
+        (tmp_path / name).mkdir()
+        for i in range(4):
+            shard = {key: state[key] for key in names[i * len(names) // 4 : (i + 1) * len(names) // 4]}
+            path = tmp_path / name / f"{i}.{suffix}"
+            torch.save(shard, path) if suffix == "bin" else safetensors.torch.save_file(shard, path)
+    largest = max(path.stat().st_size for path in (tmp_path / "large").iterdir())
+    assert largest > 60e6
+    command = [sys.executable, "-c", ANONYMOUS, dtype]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert 0 < int(done.stdout) < largest
