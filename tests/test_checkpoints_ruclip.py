@@ -23,7 +23,7 @@ CONFIG = {
     "embed_dim": 24, "image_resolution": 48, "vision_layers": 2, "vision_width": 128, "vision_patch_size": 16,
     "context_length": 20, "vocab_size": 90, "transformer_width": 64, "transformer_heads": 4, "transformer_layers": 2,
 }  # fmt: skip
-CAPTIONS = ["Красный куб", "зелёный круг над красным квадратом", "a red cube, 你好"]
+CAPTIONS = ["Красный куб", "зелёный круг над красным квадратом", "a red cube, 你好", "круг <EOS> куб"]
 MEAN, STD = [0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.27577711]
 
 

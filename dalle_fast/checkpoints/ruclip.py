@@ -88,6 +88,7 @@ def read(content: Any, config: Mapping[str, Any], tokenizer: str) -> Part:
             {
                 "tokenizer_class": "PreTrainedTokenizerFast",
                 "model_max_length": config["context_length"],
+                "split_special_tokens": True,  # youtokentome takes a written <EOS> letter by letter
                 **{f"{kind}_token": name for kind, (name, _) in SPECIAL.items()},
             }
         ),
