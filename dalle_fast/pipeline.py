@@ -18,6 +18,7 @@ from dalle_fast.config import ModelConfig
 from dalle_fast.engine import Engine
 from dalle_fast.loading import check_device, load_engine
 from dalle_fast.model import DalleModel
+from dalle_fast.packed_model import PackedModel
 from dalle_fast.ranking import ClipRanker
 from dalle_fast.regions import Box, known_outside
 from dalle_fast.sampling import SamplingSettings
@@ -276,16 +277,16 @@ class Pipeline:
         return tokens
 
     def score(self, image: Image.Image | Tensor, caption: str, *, truncate: bool = False) -> tuple[float, float]:
-        """(log p(picture's tokens | caption), log p(caption)) in nats, from one full pass of the plain model in float32.
+        """(log p(picture's tokens | caption), log p(caption)) in nats, from one full pass of the plain model, in the type and
+        where it draws; for an engine of int8 or int4 in bfloat16 on the CPU, which is closer to the model than those.
 
         The caption's part counts its own tokens, not its padding; its first token is not predicted unless the model has a
         lead token. Raises as `sample` does for captions.
         """
         tokens = self._tokens(image)[None]
         text = self.tokenizer.encode(caption, truncate=truncate)
-        if self._model is None:
-            self._model = DalleModel.load(self.folder)
-        model = self._model
+        model = self._plain_model()
+        text, tokens = (x.to(model.image_embedding.weight.device) for x in (text, tokens))
         with torch.inference_mode():
             text_logits, image_logits = model(text, tokens)
             of_image = image_logits[0].double().log_softmax(-1).gather(1, tokens[0, :, None]).sum()
@@ -294,6 +295,16 @@ class Pipeline:
             targets = section[1 : min(last, text_logits.shape[1] + 1)]
             of_text = text_logits[0, : len(targets)].double().log_softmax(-1).gather(1, targets[:, None]).sum()
         return float(of_image), float(of_text)
+
+    def _plain_model(self) -> DalleModel:
+        """The engine's own where it holds a whole one, else one from the folder."""
+        model = getattr(self.engine, "model", None)
+        if isinstance(model, DalleModel) and not isinstance(model, PackedModel):  # which has no text head
+            return model
+        if self._model is None:
+            exact = getattr(self.engine, "dtype", None) == "float32"
+            self._model = DalleModel.load(self.folder, dtype=torch.float32 if exact else torch.bfloat16)
+        return self._model
 
     def rank(
         self, pictures: Sequence[Picture], caption: str | None = None, *, by: str = "clip", keep: int | None = None

@@ -17,7 +17,7 @@ from torch import Tensor
 from dalle_fast.figures import contact_sheet
 from dalle_fast.pipeline import Picture, order
 from dalle_fast.ranking import ClipRanker
-from dalle_fast.weights import WeightError, read_text, write_atomically
+from dalle_fast.weights import WeightError, read_text, sync, write_atomically
 
 SHEET, RECORD = "sheet.png", "sample.json"
 MOST_ON_A_SHEET = 256
@@ -41,10 +41,15 @@ def write_png(path: Path, image: Image.Image) -> None:
 
 
 def write_json(path: Path, value: dict[str, Any]) -> None:
-    """Indented, but for rows of numbers; whole or not at all. Raises OSError that names the path."""
+    """Indented, but for rows of numbers; whole or not at all. The disk holds it at the end, and before it all that was
+    written into its folder, which it may speak of. Raises OSError that names the path."""
     text = json.dumps(value, indent=1, ensure_ascii=False)
     text = re.sub(r"\[[-\d,\s]+\]", lambda tokens: " ".join(tokens[0].split()), text) + "\n"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    sync(path.parent)
     _write(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+    for folder in (path.parent, path.parent.parent):
+        sync(folder)
 
 
 def _write(path: Path, write: Callable[[Path], object]) -> None:

@@ -18,17 +18,28 @@ class WeightError(ValueError):
 
 
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
-    """Calls write with a temporary path beside `path` and moves the result into place."""
+    """Calls write with a temporary path beside `path` and moves the result into place once the disk holds it: even after a
+    power failure the file is whole or not there. That it is there by then is up to `sync`."""
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
     os.close(handle)
     try:
         write(Path(name))
         os.chmod(name, 0o644)
+        sync(Path(name))
         os.replace(name, path)
     except BaseException:
         Path(name).unlink(missing_ok=True)
         raise
+
+
+def sync(path: Path) -> None:
+    """Returns once the disk holds a file's content, or of a folder the names in it. Raises OSError if it can't."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def write_text(path: Path, text: str) -> None:

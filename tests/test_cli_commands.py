@@ -75,7 +75,7 @@ def test_sample_ranked_writes_scores(model: Path, tmp_path: Path, capsys: pytest
 
 
 def test_score(model: Path, drawn: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """From a record: the likelihood that sampling collected (int8 there, float32 here); from the PNG: of its re-encoding."""
+    """From a record: the likelihood that sampling collected (int8 there, bfloat16 here); from the PNG: of its re-encoding."""
     collected = json.loads((drawn / "sample.json").read_text())["pictures"][2]["log_likelihood"]
     command = ["score", str(drawn / "sample.json"), CAPTION, "--candidate", "2", "--model", str(model)]
     assert main([*command, "--device", "cpu"]) == 0

@@ -122,6 +122,51 @@ def test_a_finished_wave_is_not_drawn_again(pipeline: Pipeline, tmp_path: Path) 
     assert skipped == [2, 6, 6]
 
 
+def test_the_disk_holds_what_a_finished_wave_speaks_of(
+    pipeline: Pipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A disk that keeps only what was synced: content by file, names by folder. Whenever a JSON file gets its name, it and
+    what it speaks of would survive a power failure; and when files of waves are removed, so would the record."""
+    contents: set[int] = set()  # inodes of files whose content is safe
+    names_held: set[Path] = set()
+    claims = 0
+    fsync, replace, unlink = os.fsync, os.replace, Path.unlink
+
+    def held(path: Path) -> bool:
+        return path in names_held and path.stat().st_ino in contents
+
+    def synced(handle: int) -> None:
+        fsync(handle)
+        path = Path(os.readlink(f"/proc/self/fd/{handle}"))
+        if path.is_dir():
+            names_held.update(path.iterdir())
+        else:
+            contents.add(path.stat().st_ino)
+
+    def moved(old: Path, new: Path) -> None:
+        nonlocal claims
+        assert Path(old).stat().st_ino in contents
+        if new.suffix == ".json":
+            pictures = list(new.parent.glob("*.png"))
+            assert all(held(path) for path in pictures) and (pictures or new.name == "manifest.json")
+            claims += 1
+        replace(old, new)
+        names_held.discard(new)
+
+    def removed(path: Path, missing_ok: bool = False) -> None:
+        if path.name.startswith("wave-"):
+            assert held(path.parent / "sample.json") and path.parent in names_held
+        unlink(path, missing_ok)
+
+    monkeypatch.setattr(os, "fsync", synced)
+    monkeypatch.setattr(os, "replace", moved)
+    monkeypatch.setattr(Path, "unlink", removed)
+    with Job(pipeline, PROMPTS, tmp_path, 4, wave=2) as job:
+        list(job.run())
+    assert claims == 1 + len(PROMPTS) * 3
+    assert all(held(path) for path in tmp_path.rglob("*") if path.is_file())
+
+
 @pytest.mark.parametrize("fails_at", [1, 4, 9, 13])
 def test_a_full_disk_loses_nothing(
     fails_at: int, pipeline: Pipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -7,9 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers import assert_close
 from tiny_model import write_tiny_clip, write_tiny_model
 
-from dalle_fast import Pipeline, SamplingSettings
+from dalle_fast import Pipeline, SamplingSettings, cpu_backend
+from dalle_fast.model import DalleModel
 from dalle_fast.pipeline import DEMO, order
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -68,6 +70,37 @@ def test_a_stream_of_an_engine_whose_rounding_depends_on_the_batch(model: Path) 
     expected = list(plain.sample(CAPTION, 2))
     *_, last = plain.stream(CAPTION, 2)
     assert [p.tokens.tolist() for p in last] == [p.tokens.tolist() for p in expected]
+
+
+@pytest.mark.parametrize(
+    ("options", "dtype", "copies"),
+    [
+        ({"backend": "torch", "dtype": "float32"}, torch.float32, 0),
+        ({"backend": "torch", "dtype": "bfloat16"}, torch.bfloat16, 0),
+        ({"backend": "cpu", "dtype": "float32"}, torch.float32, 1),
+        ({"backend": "cpu", "dtype": "int8"}, torch.bfloat16, 1),
+    ],
+)
+def test_a_score_is_of_the_type_that_draws_and_holds_no_second_model(
+    model: Path, monkeypatch: pytest.MonkeyPatch, options: dict[str, str], dtype: torch.dtype, copies: int
+) -> None:
+    if reason := cpu_backend.kernels_why_not():
+        pytest.skip(reason)
+    tokens = torch.randint(32, (8, 64))
+    exact, plain = (DalleModel.load(model, dtype=kind) for kind in (torch.float64, dtype))
+    pipeline = Pipeline.load(model, device="cpu", **options)
+    loaded = []
+    original = DalleModel.load
+    monkeypatch.setattr(DalleModel, "load", lambda *a, **k: loaded.append(original(*a, **k)) or loaded[-1])
+    got = torch.tensor([pipeline.score(row, CAPTION)[0] for row in tokens], dtype=torch.float64)
+    assert [m.head.weight.dtype for m in loaded] == [dtype] * copies
+    text = pipeline.tokenizer.encode(CAPTION).expand(8, -1)
+
+    def scores(model: DalleModel) -> torch.Tensor:
+        logits = model(text, tokens)[1].double().log_softmax(-1)
+        return logits.gather(2, tokens[..., None]).sum((1, 2))
+
+    assert_close(got, scores(plain), scores(exact), what="log p")
 
 
 def test_order() -> None:
