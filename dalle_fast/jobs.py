@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import fcntl
 import hashlib
+import itertools
 import json
 import os
 from collections.abc import Callable, Iterator, Sequence
@@ -29,6 +30,7 @@ from dalle_fast.tokenizer import CaptionError
 from dalle_fast.weights import read_text
 
 MANIFEST = "manifest.json"
+WAVE = "wave-{:06d}.json"
 SAMPLED = 2**20  # bytes of a weight file, from either end, that tell it from others
 
 
@@ -149,14 +151,21 @@ class Job:
         on_token as in Pipeline.sample; on_skip(k): k pictures are there already. Raises OSError, naming the file, where one
         can't be written: what was finished stays, and another run goes on from there.
         """
+        ahead: dict[tuple[int, int], list[Entry]] = {}
         for i, prompt in enumerate(self.prompts):
-            folder = self.folder / f"{i:04d}"
+            folder = self._folder(i)
             if not (folder / records.RECORD).exists():
-                entries = [
-                    entry
-                    for start in range(0, self.n, self.wave)
-                    for entry in self._wave(folder, prompt, start, on_token, on_skip)
-                ]
+                entries = []
+                for start in range(0, self.n, self.wave):
+                    if (i, start) not in ahead:
+                        found = self._finished(i, start)
+                        if found is None:
+                            ahead |= self._draw(i, start, on_token)
+                        else:
+                            ahead[i, start] = found
+                            if on_skip is not None:
+                                on_skip(len(found))
+                    entries += ahead.pop((i, start))
                 header = {
                     "dalle_fast": dalle_fast.__version__,
                     "command": command,
@@ -176,35 +185,45 @@ class Job:
                 left.unlink()
             yield folder
 
-    def _wave(
-        self,
-        folder: Path,
-        prompt: str,
-        start: int,
-        on_token: Callable[[int, Tensor], None] | None,
-        on_skip: Callable[[int], None] | None,
-    ) -> list[Entry]:
-        """The entries of one wave, read if it is finished, else drawn and written."""
-        first, count = self.first + start, min(self.wave, self.n - start)
-        path = folder / f"wave-{start:06d}.json"
-        if path.exists():
-            entries = [Entry(**values) for values in json.loads(read_text(path))["pictures"]]
-            if all((folder / entry.file).exists() for entry in entries):
-                if on_skip is not None:
-                    on_skip(count)
-                return entries
+    def _folder(self, i: int) -> Path:
+        return self.folder / f"{i:04d}"
+
+    def _finished(self, i: int, start: int) -> list[Entry] | None:
+        """The entries of a wave of prompt i, None if it is yet to be drawn."""
+        path = self._folder(i) / WAVE.format(start)
+        if not path.exists():
+            return None
+        entries = [Entry(**values) for values in json.loads(read_text(path))["pictures"]]
+        return entries if all((path.parent / entry.file).exists() for entry in entries) else None
+
+    def _draw(
+        self, i: int, start: int, on_token: Callable[[int, Tensor], None] | None
+    ) -> dict[tuple[int, int], list[Entry]]:
+        """Draws and writes a wave of prompt i. If it leaves room, the same wave of the next prompts that lack it is drawn
+        side by side with it, where that changes no token. Returns the entries by (prompt, start)."""
+        count = min(self.wave, self.n - start)
+        room = self.wave // count if self.pipeline.engine.batch_invariant else 1
+        lacking = (
+            k
+            for k in range(i, len(self.prompts))
+            if not (self._folder(k) / records.RECORD).exists() and self._finished(k, start) is None
+        )
+        group = list(itertools.islice(lacking, room))
         pictures = self.pipeline.sample(
-            prompt,
+            [self.prompts[k] for k in group],
             count,
             self.settings,
             wave=self.wave,
-            first=first,
+            first=self.first + start,
             truncate=self.truncate,
             on_token=on_token,
         )
-        entries = [records.write_picture(folder, picture) for picture in pictures]
-        records.write_json(path, {"pictures": [vars(entry) for entry in entries]})
-        return entries
+        drawn = {}
+        for k in group:
+            entries = [records.write_picture(self._folder(k), picture) for picture in itertools.islice(pictures, count)]
+            records.write_json(self._folder(k) / WAVE.format(start), {"pictures": [vars(entry) for entry in entries]})
+            drawn[k, start] = entries
+        return drawn
 
 
 def read_manifest(path: Path) -> dict[str, Any]:

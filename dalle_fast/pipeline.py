@@ -125,7 +125,7 @@ class Pipeline:
 
     def sample(
         self,
-        caption: str,
+        caption: str | Sequence[str],
         n: int = 8,
         settings: SamplingSettings | None = None,
         *,
@@ -136,14 +136,18 @@ class Pipeline:
         score_known: bool = False,
         on_token: Callable[[int, Tensor], None] | None = None,
     ) -> Iterator[Picture]:
-        """Draws candidates first … first + n - 1 and yields them as their wave is finished. Arguments as in
-        sampling.sample. Raises CaptionError for a caption the model can't be given, ValueError for settings out of range.
+        """Draws candidates first … first + n - 1 and yields them as their wave is finished: of several captions, each n and
+        side by side, in a wave caption after caption. Arguments as in sampling.sample. Raises CaptionError for a caption
+        the model can't be given, ValueError for settings out of range.
         """
         settings = settings or SamplingSettings()
         settings.check(self.config.image_vocab)
         if n < 1:
             raise ValueError(f"got n={n}, expected at least 1")
-        text = self.tokenizer.encode(caption, truncate=truncate)
+        captions = [caption] if isinstance(caption, str) else list(caption)
+        if not captions:
+            raise ValueError("got no caption, expected at least one")
+        text = torch.cat([self.tokenizer.encode(one, truncate=truncate) for one in captions])
         waves = sampling.sample(
             self.engine,
             text,
@@ -155,17 +159,18 @@ class Pipeline:
             score_known=score_known,
             on_token=on_token,
         )
-        return self._pictures(caption, settings, waves, score_known)
+        return self._pictures(captions, settings, waves, score_known)
 
     def _pictures(
-        self, caption: str, settings: SamplingSettings, waves: Iterator[sampling.Wave], score_known: bool
+        self, captions: list[str], settings: SamplingSettings, waves: Iterator[sampling.Wave], score_known: bool
     ) -> Iterator[Picture]:
         for wave in waves:
             images = self.decode(wave.tokens)
+            each = len(images) // len(captions)
             for i, candidate in enumerate(wave.candidates.tolist()):
                 of_known = float(wave.known_log_p[i]) if score_known else None
                 drawn = float(wave.log_likelihood[i])
-                yield Picture(caption, candidate, settings, wave.tokens[i], images[i], drawn, of_known)
+                yield Picture(captions[i // each], candidate, settings, wave.tokens[i], images[i], drawn, of_known)
 
     def stream(
         self,

@@ -44,9 +44,9 @@ class SamplingSettings:
 
 @dataclass(frozen=True)
 class Wave:
-    """Finished candidates of one prompt."""
+    """Finished candidates, of several captions caption after caption."""
 
-    candidates: Tensor  # [n] int64: their numbers, which key their random streams
+    candidates: Tensor  # [n] int64: their numbers, which key their random streams; each caption has the same
     tokens: Tensor  # [n, cells] int64
     log_likelihood: Tensor  # [n] float64, nats: log p of the drawn tokens, before temperature, guidance and cuts
     known_log_p: Tensor  # [n] float64, nats: log p of the known tokens after the first drawn one, where scored, else 0
@@ -60,17 +60,17 @@ def draw(
     known: Tensor | None = None,
     score_known: bool = False,
 ) -> Iterator[tuple[int, Tensor, Tensor]]:
-    """Draws one batch of candidates of one caption and yields (j, tokens [N], log p [N]) for every image token j in turn.
+    """Draws one batch of candidates and yields (j, tokens [N], log p [N]) for every image token j in turn.
 
-    text [1, caption_len]; candidates [N] int64; known [cells] int64 holds the tokens that are given and -1 where one is to
-    be drawn. Leading known tokens are computed once for all candidates, later runs are fed in chunks, and those after the
-    last drawn token not at all, unless score_known asks for their log p. log p is the model's own log-probability of the
-    token (temperature 1, no guidance, no cuts), and 0 for known tokens that are not scored.
+    text [P, caption_len]; candidates [N / P] int64, of each caption; known [cells] int64 holds the tokens that are given
+    and -1 where one is to be drawn. Leading known tokens are computed once for all candidates of a caption, later runs are
+    fed in chunks, and those after the last drawn token not at all, unless score_known asks for their log p. log p is the
+    model's own log-probability of the token (temperature 1, no guidance, no cuts), and 0 for known tokens that are not scored.
 
     What is yielded is on the engine's device, may be its own buffer, and holds until the next token is asked for. Nothing
     here waits for the device.
     """
-    config, n = engine.config, len(candidates)
+    config, each, n = engine.config, len(candidates), len(text) * len(candidates)
     settings.check(config.image_vocab)
     how = asdict(settings)
     known = torch.full((config.cells,), -1) if known is None else known
@@ -81,15 +81,15 @@ def draw(
     guided = settings.guidance_scale != 1
     prompts = torch.cat([text, torch.zeros_like(text)]) if guided else text
     shared = 0 < lead < config.cells
-    logits = engine.prefill(prompts, 1 if shared else n)
-    given, candidates = known.to(logits.device), candidates.to(logits.device)
+    logits = engine.prefill(prompts, 1 if shared else each)
+    given, candidates = known.to(logits.device), candidates.repeat(len(text)).to(logits.device)
     places = torch.arange(config.cells, device=logits.device)
     nothing = torch.zeros(n, dtype=torch.float64, device=logits.device)
     for j in range(lead):
         yield j, given[j].expand(n), nothing
     if shared:
-        logits = engine.feed(given[:lead].expand(len(prompts), -1)).repeat_interleave(n, dim=0)
-        engine.fork(n)
+        logits = engine.feed(given[:lead].expand(len(prompts), -1)).repeat_interleave(each, dim=0)
+        engine.fork(each)
     j, ahead = lead, None  # ahead: what the last step has drawn already
     waiting: list[Tensor] = []  # [N, k] each: tokens that the engine has not been given yet
     while j < end or (j < config.cells and score_known):
@@ -160,7 +160,9 @@ def sample(
     score_known: bool = False,
     on_token: Callable[[int, Tensor], None] | None = None,
 ) -> Iterator[Wave]:
-    """Draws candidates first … first + n - 1 of one caption, `wave` at a time, and yields each finished wave.
+    """Draws candidates first … first + n - 1 of each caption of text [P, caption_len], `wave` at a time, and yields each
+    finished wave. Several captions are drawn side by side: the engine must hold P * wave candidates, and where its rounding
+    depends on the batch, it may round otherwise than for one.
 
     wave: None for default_wave. One that runs out of device memory is begun anew at half the size, with a warning.
     Candidate i of a seed is the same picture whatever n is, in waves of the same size: its random stream is keyed by its
@@ -176,19 +178,23 @@ def sample(
     def run(start: int, count: int, most: int) -> Wave:
         size = count if engine.batch_invariant else most
         candidates = torch.arange(first + start, first + start + size)
+
+        def asked(rows: Tensor) -> Tensor:  # of each caption those that are no filling
+            return rows.view(len(text), size, *rows.shape[1:])[:, :count].flatten(0, 1)
+
         tokens, sums, shown = None, None, 0
         for j, drawn, log_p in draw(engine, text, candidates, settings, known, score_known):
             if tokens is None or sums is None:
-                tokens = drawn.new_empty(size, engine.config.cells)
-                sums = log_p.new_zeros(2, size)  # of what is drawn, of what is known
+                tokens = drawn.new_empty(len(drawn), engine.config.cells)
+                sums = log_p.new_zeros(2, len(drawn))  # of what is drawn, of what is known
             tokens[:, j] = drawn
             sums[int(given[j])] += log_p
             if on_token is not None and (drawn.device.type == "cpu" or (j + 1) % engine.config.width == 0):
-                for column in tokens[:count, shown : j + 1].cpu().unbind(1):
+                for column in asked(tokens[:, shown : j + 1]).cpu().unbind(1):
                     on_token(shown, column)
                     shown += 1
         assert tokens is not None and sums is not None
-        return Wave(candidates[:count], tokens[:count].cpu(), *sums[:, :count].cpu())
+        return Wave(candidates[:count].repeat(len(text)), asked(tokens).cpu(), *(asked(x).cpu() for x in sums))
 
     yield from halving(n, wave, run)
 

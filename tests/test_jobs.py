@@ -13,6 +13,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
 from tiny_model import write_tiny_clip, write_tiny_model
 
@@ -120,6 +121,53 @@ def test_a_finished_wave_is_not_drawn_again(pipeline: Pipeline, tmp_path: Path) 
     with Job(pipeline, PROMPTS, tmp_path, 6) as job:
         assert len(list(job.run(on_token=interrupt, on_skip=skipped.append))) == 2
     assert skipped == [2, 6, 6]
+
+
+@pytest.mark.parametrize("guidance_scale", [1.0, 2.0])
+def test_several_prompts_share_a_wave(pipeline: Pipeline, tmp_path: Path, guidance_scale: float) -> None:
+    """They draw what each draws alone, to the bit; and a run that was stopped between goes on with those that lack a wave."""
+    if not pipeline.engine.batch_invariant:
+        pytest.skip("the engine's rounding depends on the batch")
+    prompts = [*PROMPTS, "a blue cube", "a red circle", "a circle"]
+    settings = SamplingSettings(seed=5, guidance_scale=guidance_scale)
+    rows: list[int] = []
+
+    def watch(j: int, drawn: torch.Tensor) -> None:
+        if j == 0:
+            rows.append(len(drawn))
+        if len(rows) == 2 and j == 5:
+            raise KeyboardInterrupt
+
+    with Job(pipeline, prompts, tmp_path, 3, settings, wave=8) as job, pytest.raises(KeyboardInterrupt):
+        list(job.run(on_token=watch))
+    stamps = {path: path.stat().st_mtime_ns for path in tmp_path.glob("000[01]/0*.png")}
+    (tmp_path / "0003").mkdir()  # and a wave of a later prompt is there, of a run that drew in another order
+    for picture in pipeline.sample(prompts[3], 3, settings):
+        records.write_picture(tmp_path / "0003", picture)
+    entry = {"pictures": json.loads((tmp_path / "0000/sample.json").read_text())["pictures"]}
+    records.write_json(tmp_path / "0003/wave-000000.json", entry)  # told by its entries: they are the first prompt's
+    skipped: list[int] = []
+    rows.append(0)
+    with Job(pipeline, prompts, tmp_path, 3, settings, wave=8) as job:
+        list(job.run(on_token=watch, on_skip=skipped.append))
+    assert rows == [6, 6, 0, 6] and skipped == [3, 3, 3] and len(stamps) == 6
+    assert all(path.stat().st_mtime_ns == stamp for path, stamp in stamps.items())
+    for i, prompt in enumerate(prompts):
+        drawn = json.loads((tmp_path / f"{i:04d}/sample.json").read_text())["pictures"]
+        alone = list(pipeline.sample(prompts[0] if i == 3 else prompt, 3, settings, wave=1))
+        assert [(p["candidate"], p["tokens"]) for p in drawn] == [(p.candidate, p.tokens.tolist()) for p in alone]
+        if i != 3:
+            assert [p["log_likelihood"] for p in drawn] == [p.log_likelihood for p in alone]
+
+
+def test_prompts_do_not_share_a_wave_where_that_would_change_tokens(model: Path, tmp_path: Path) -> None:
+    plain, rows = Pipeline.load(model, device="cpu", backend="torch"), set()
+    with Job(plain, PROMPTS, tmp_path, 2, wave=4) as job:
+        list(job.run(on_token=lambda j, drawn: rows.add(len(drawn))))
+    assert rows == {2}
+    assert tokens(tmp_path) == [
+        [(p.candidate, p.tokens.tolist()) for p in plain.sample(prompt, 2, wave=4)] for prompt in PROMPTS
+    ]
 
 
 def test_the_disk_holds_what_a_finished_wave_speaks_of(

@@ -50,6 +50,30 @@ def test_the_bundled_model_draws() -> None:
     assert picture.image.size == (256, 256) and len(set(picture.tokens.tolist())) > 8
 
 
+@pytest.mark.parametrize("lead", [0, 20])
+@pytest.mark.parametrize("guidance_scale", [1.0, 2.0])
+def test_captions_side_by_side(pipeline: Pipeline, lead: int, guidance_scale: float) -> None:
+    """What each draws alone, where tokens are known at the beginning and in the middle, too."""
+    if not pipeline.engine.batch_invariant:
+        pytest.skip("the engine's rounding depends on the batch")
+    captions, settings = [CAPTION, "a blue circle", "a circle"], SamplingSettings(seed=2, guidance_scale=guidance_scale)
+    known = torch.full((64,), -1)
+    known[:lead] = torch.randint(32, (lead,))
+    known[40:45] = 7
+    options = {"n": 5, "settings": settings, "known": known, "score_known": bool(lead), "first": 3}
+    together = list(pipeline.sample(captions, wave=2, **options))
+    assert [p.caption for p in together[:6]] == [caption for caption in captions for _ in range(2)]
+    for caption in captions:
+        mine, alone = [p for p in together if p.caption == caption], list(pipeline.sample(caption, wave=1, **options))
+        assert [(p.candidate, p.tokens.tolist(), p.log_likelihood, p.known_log_p) for p in mine] == [
+            (p.candidate, p.tokens.tolist(), p.log_likelihood, p.known_log_p) for p in alone
+        ]
+        assert all(a.image.tobytes() == b.image.tobytes() for a, b in zip(mine, alone, strict=True))
+    assert len({p.log_likelihood for p in together}) == 15  # which captions a tiny model hardly minds, but to the bit
+    with pytest.raises(ValueError, match="got no caption"):
+        pipeline.sample([])
+
+
 def test_a_stream_ends_with_the_pictures_of_sample(pipeline: Pipeline) -> None:
     settings = SamplingSettings(seed=4)
     expected = list(pipeline.sample(CAPTION, 3, settings, first=2))
