@@ -110,7 +110,7 @@ def test_training_attention_equals_the_library() -> None:
 
 
 def test_clip_batches_say_which_captions_fit() -> None:
-    batch = train_clip.Batch(3, 4, seed=0)
+    batch = train_clip.Batch(3, 4, seed=0, drawn=[])
     assert batch.pixels.shape == (12, 3, 128, 128) and len(batch.texts) == 8 and batch.fits.shape == (12, 8)
     assert batch.fits[:8].diagonal().all()
     clock = grammar.Scene("clocks", blocks=(grammar.Block("green", "star"),), hour=3)
@@ -121,10 +121,11 @@ def test_clip_batches_say_which_captions_fit() -> None:
 def test_clip_prepares_pictures_as_the_ranker_does() -> None:
     from PIL import Image
 
-    from dalle_fast.ranking import ClipRanker
+    from dalle_fast.ranking import MEAN, STD, ClipRanker
 
     picture = render.render(grammar.Scene("clocks", blocks=(grammar.Block("red", "star"),)), np.random.default_rng(0))
     ranker = ClipRanker.__new__(ClipRanker)
     ranker.size = train_clip.SIZE
+    ranker.resample, ranker.mean, ranker.std = Image.Resampling.BICUBIC, np.array(MEAN), np.array(STD)
     ours, theirs = train_clip.pixels([picture])[0], ranker._pixels(Image.fromarray(picture))
     assert float((ours - theirs).abs().max()) < 0.03  # a step of 1/255 is 0.015

@@ -23,6 +23,8 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import CLIPConfig, CLIPModel, PreTrainedTokenizerFast
 
+from dalle_fast.ranking import MEAN, STD
+
 from . import draw_for_clip, render
 from .data import seed_everything
 from .draw_for_clip import Drawn
@@ -43,8 +45,6 @@ from .grammar import (
 SIZE, CAPTION_LEN = 128, 32
 SAVE_EVERY = 200
 DRAWN_SHARE = 0.6  # of a batch's scenes, if there are drawn pictures
-MEAN = (0.48145466, 0.4578275, 0.40821073)  # CLIP's own
-DEVIATION = (0.26862954, 0.26130258, 0.27577711)
 ARRANGEMENTS = ("group", "left_of", "on_top", "tower")
 SHAPES = tuple(dict.fromkeys(BLOCK_SHAPES + CLOCK_SHAPES))
 # Attributes that the heads name, and how many values each has.
@@ -118,7 +118,7 @@ def pixels(pictures: list[np.ndarray]) -> Tensor:
     """Pictures [256, 256, 3] uint8 as the ranker prepares them: [n, 3, 128, 128] float32."""
     x = torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2)
     x = F.interpolate(x, (SIZE, SIZE), mode="bicubic", antialias=True).float() / 255
-    return (x - torch.tensor(MEAN)[:, None, None]) / torch.tensor(DEVIATION)[:, None, None]
+    return (x - torch.tensor(MEAN)[:, None, None]) / torch.tensor(STD)[:, None, None]
 
 
 def fits(shown: Scene, said: Scene) -> bool:
@@ -244,7 +244,7 @@ def save(model: CLIPModel, tokenizer: PreTrainedTokenizerFast, folder: Path) -> 
         folder / "preprocessor_config.json",
         f'{{"image_processor_type": "CLIPImageProcessor", "do_resize": true, "size": {{"shortest_edge": {SIZE}}}, '
         f'"resample": 3, "do_center_crop": true, "crop_size": {size}, "do_rescale": true, "do_normalize": true, '
-        f'"do_convert_rgb": true, "image_mean": {list(MEAN)}, "image_std": {list(DEVIATION)}}}\n',
+        f'"do_convert_rgb": true, "image_mean": {list(MEAN)}, "image_std": {list(STD)}}}\n',
     )
 
 
