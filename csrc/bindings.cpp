@@ -44,7 +44,7 @@ static DType float_type(const std::string& name) {
 
 static void cuda_decode_attention(const std::vector<uintptr_t>& t, const std::vector<int32_t>& n, float scale,
                                   const std::string& dtype, bool dependent_launch, uintptr_t stream) {
-  expect("tensors", t.size(), 14);
+  expect("tensors", t.size(), 16);
   expect("sizes", n.size(), 11);
   dalle_fast::CudaDecodeParams c{};
   c.call = {at<const void>(t[0]), at<const void>(t[1]), at<const void>(t[2]), at<const void>(t[3]), at<const void>(t[4]),
@@ -52,6 +52,7 @@ static void cuda_decode_attention(const std::vector<uintptr_t>& t, const std::ve
             at<const int32_t>(t[10]), at<const int32_t>(t[11]), n[0], n[1], n[2], n[3], n[4], n[5], n[6], n[7], n[8], scale,
             float_type(dtype)};
   c.partial = at<float>(t[12]), c.arrived = at<int32_t>(t[13]), c.rows = n[9], c.splits = n[10];
+  c.scale_k = at<const float>(t[14]), c.scale_v = at<const float>(t[15]);
   c.dependent_launch = dependent_launch;
   dalle_fast::launch_decode_attention(c, at<void>(stream));
 }

@@ -41,7 +41,9 @@ struct CudaDecodeParams {
   DecodeAttentionParams call;
   float* partial;    // [tiles, heads, splits, rows, dim + 2] or null for one split; tiles of `rows` queries of a prompt
   int32_t* arrived;  // [tiles, heads] or null: zero before and after
-  int32_t rows;      // 16 or 64
+  const float* scale_k;  // [heads]: tails hold e4m3 codes, a value being code x scale; or null
+  const float* scale_v;
+  int32_t rows;  // 16 or 64
   int32_t splits;
   bool dependent_launch;  // start before the previous kernel has ended: sm_90
 };

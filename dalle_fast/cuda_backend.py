@@ -59,7 +59,7 @@ def unsupported(call: Call) -> str | None:
     if call.dtype not in types:
         names = " and ".join(DTYPES[dtype] for dtype in types)
         return f"it computes in {names}, got {str(call.dtype).removeprefix('torch.')}"
-    if call.op == "decode_attention" and call.head_dim not in HEAD_DIMS:
+    if call.op in ("decode_attention", "decode_attention_fp8") and call.head_dim not in HEAD_DIMS:
         return f"it needs a head dim of {' or '.join(map(str, HEAD_DIMS))}, got {call.head_dim}"
     return None
 
@@ -147,11 +147,14 @@ def share_out(multiprocessors: int, prompts: int, heads: int, queries: int, pref
 
 def decode_attention(
     q: Tensor, k: Tensor, v: Tensor, prefix_k: Tensor, prefix_v: Tensor, tail_k: Tensor, tail_v: Tensor,
-    position: Tensor, mask: str, *, shape: Shape | None = None,
+    position: Tensor, mask: str, *, scales: tuple[Tensor, Tensor] | None = None, shape: Shape | None = None,
 ) -> Tensor:  # fmt: skip
+    """ops.decode_attention says what it computes; with scales, tails hold e4m3 codes."""
     batch, heads, n, dim = q.shape
     prompts, prefix = prefix_k.shape[:3:2]
     q, k, v, prefix_k, prefix_v = (dense(x) for x in (q, k, v, prefix_k, prefix_v))
+    if scales is not None:
+        tail_k, tail_v = tail_k.view(torch.uint8), tail_v.view(torch.uint8)
     kept_k, kept_v = dense(tail_k), dense(tail_v)
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     if not out.numel():
@@ -164,7 +167,21 @@ def decode_attention(
         partial = torch.empty(programs, splits, rows, dim + 2, dtype=torch.float32, device=q.device)
         arrived = counters(q, programs)
     tables = _reads(mask, tail_k.shape[2], q.device)
-    tensors = (q, k, v, prefix_k, prefix_v, kept_k, kept_v, out, position, *tables, partial, arrived)
+    tensors = (
+        q,
+        k,
+        v,
+        prefix_k,
+        prefix_v,
+        kept_k,
+        kept_v,
+        out,
+        position,
+        *tables,
+        partial,
+        arrived,
+        *(scales or (None, None)),
+    )
     with on(q):
         kernels().decode_attention(
             [0 if x is None else x.data_ptr() for x in tensors],
@@ -175,6 +192,14 @@ def decode_attention(
         if kept is not tail:
             tail.copy_(kept)
     return out
+
+
+def decode_attention_fp8(
+    q: Tensor, k: Tensor, v: Tensor, prefix_k: Tensor, prefix_v: Tensor, tail_k: Tensor, tail_v: Tensor, scale_k: Tensor,
+    scale_v: Tensor, position: Tensor, mask: str, *, shape: Shape | None = None,
+) -> Tensor:  # fmt: skip
+    scales = (scale_k.contiguous(), scale_v.contiguous())
+    return decode_attention(q, k, v, prefix_k, prefix_v, tail_k, tail_v, position, mask, scales=scales, shape=shape)
 
 
 def sample(

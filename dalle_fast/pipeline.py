@@ -70,7 +70,7 @@ class Pipeline:
         reload: Callable[..., Engine] | None = None,
         choices: Mapping[str, str] | None = None,
     ) -> None:
-        """choices: the device, dtype and backend that `load` was asked for. reload(chunk=k) loads the engine again for k
+        """choices: the device, dtype, backend and tails that `load` was asked for. reload(chunk=k) loads the engine again for k
         known tokens at a time; without it, regions keep the engine."""
         self.engine, self.tokenizer, self.images, self.folder = engine, tokenizer, images, folder
         self.choices = dict(choices or {})
@@ -88,19 +88,21 @@ class Pipeline:
         backend: str = "auto",
         clip: str | Path | None = None,
         chunk: int = 1,
+        fp8_tails: bool = False,
     ) -> Pipeline:
         """Reads a model folder (the bundled model if None): config.json, model.safetensors, tokenizer.json, an image
         tokenizer, and optionally a CLIP folder `clip`.
 
         device "auto", "cpu", "cuda", "cuda:1"…; dtype "auto", "float32", "bfloat16", "float16", "int8", "int4"; backend
         "auto" or one of backends.MODULES; chunk: known tokens fed at a time. Each takes a slot in every ring, so 1 is best
-        for whole pictures; `regenerate` loads the engine again with more unless that is given here.
+        for whole pictures; `regenerate` loads the engine again with more unless that is given here. fp8_tails: the longest
+        caches in 8 bits, for nearly twice the candidates a wave on a GPU (`cache.Cache`).
         Raises WeightError for files that are missing or don't fit, ValueError for an unknown device, dtype or backend,
         BackendUnavailable for a backend that can't run here.
         """
         path = DEMO if folder is None else Path(folder)
-        choices = {"device": device, "dtype": dtype, "backend": backend}
-        reload = partial(load_engine, path, device=device, dtype=dtype, backend=backend)
+        choices = {"device": device, "dtype": dtype, "backend": backend} | ({"tails": "fp8"} if fp8_tails else {})
+        reload = partial(load_engine, path, device=device, dtype=dtype, backend=backend, fp8_tails=fp8_tails)
         engine = reload(chunk=chunk)
         tokenizer = CaptionTokenizer(path / "tokenizer.json", engine.config.caption_len)
         return cls(engine, tokenizer, load_image_tokenizer(path), path, clip, reload=reload, choices=choices)

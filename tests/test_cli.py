@@ -21,6 +21,8 @@ from safetensors.torch import load_file, save_file
 from tiny_model import write_tiny_model
 
 from dalle_fast.cli import main
+from dalle_fast.engine import TorchEngine
+from dalle_fast.pipeline import Pipeline
 
 CAPTION = "a red cube on a blue circle"
 
@@ -306,3 +308,20 @@ def test_info_of_presets(capsys: pytest.CaptureFixture[str]) -> None:
 def test_no_command_and_unknown_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert "required: COMMAND" in complaint(lambda: main([]), capsys)
     assert "invalid choice: 'paint'" in complaint(lambda: main(["paint"]), capsys)
+
+
+def test_fp8_tails(model: Path, tmp_path: Path) -> None:
+    """What the option says reaches the cache, the record and a job's manifest."""
+    pipeline = Pipeline.load(model, device="cpu", fp8_tails=True)
+    list(pipeline.sample("a b", 1))
+    assert isinstance(pipeline.engine, TorchEngine) and pipeline.engine.cache is not None
+    assert torch.float8_e4m3fn in {tail.dtype for tail in pipeline.engine.cache.tail_k}
+    options = ["-n", "1", "--model", str(model), "--device", "cpu", "--fp8-tails"]
+    assert main(["sample", "a b", "--out", str(tmp_path / "one"), *options]) == 0
+    assert json.loads((tmp_path / "one/sample.json").read_text())["fp8_tails"] is True
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a b\n")
+    job = ["sample", "--prompts", str(prompts), "--out", str(tmp_path / "job")]
+    assert main([*job, *options]) == 0
+    assert json.loads((tmp_path / "job/manifest.json").read_text())["settings"]["tails"] == "fp8"
+    assert main([*job, *options[:-1]]) == 2  # another engine, other tokens

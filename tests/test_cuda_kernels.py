@@ -103,6 +103,44 @@ def test_large_scores_and_strides(machine):
     assert torch.equal(args[5].double().nan_to_num(7e7), wide[5].nan_to_num(7e7))
 
 
+@machines
+@pytest.mark.parametrize("dtype", [BF16, FP16], ids=str)
+@pytest.mark.parametrize(
+    ("rule", "head_dim", "n", "shape"),
+    [
+        ("column", 64, 1, Shape(16, 1)),
+        ("column", 128, 3, Shape(64, 2)),
+        ("row", 64, 4, Shape(16, 3)),
+        ("conv(kernel=3,boundary=torus)", 64, 1, Shape(64, 1)),
+    ],
+    ids=str,
+)
+def test_fp8_tails(machine, rule, head_dim, n, shape, dtype):
+    """Codes that nobody wrote yet are NaN: they must not be read. Some values are beyond the largest code, some are so small
+    that their codes are subnormal or zero."""
+    mask, prompts, group, heads, steps = Mask.parse(f"{rule}@70+6x6"), 2, 2, 2, 12
+    scales = (torch.tensor([0.02, 0.003]), torch.tensor([0.003, 0.01]))
+    *_, prefix_k, prefix_v, tail_k, _ = (x.cpu() for x in inputs(mask, prompts, group, n, 0, dtype, head_dim))
+    shape_of_tail = (*tail_k.shape[:2], mask.layout.cells, head_dim)
+    codes = [torch.full(shape_of_tail, 127, dtype=torch.uint8) for _ in "kv"]
+    kept = [torch.full(shape_of_tail, float("nan"), dtype=torch.float64) for _ in "kv"]
+    slot_of_cell = torch.from_numpy(mask.decode_tables(mask.layout.cells).slot_of_cell).long()
+    for first in range(0, steps, n):
+        q, k, v = (torch.randn(prompts * group, heads, n, head_dim, dtype=dtype) for _ in "qkv")
+        k[..., :4] *= 1e-3
+        args, position = (q, k, v, prefix_k, prefix_v), torch.tensor([first])
+        function = cuda_backend.decode_attention_fp8
+        got = machine(function, *args, *codes, *scales, position, str(mask), shape=shape)
+        exact = [x.clone() for x in kept]
+        expected = reference.decode_attention(*(x.double() for x in args), *exact, position, str(mask))
+        assert_close(got, plain_step(*args, *(x.to(dtype) for x in kept), first, mask), expected)
+        slots = slot_of_cell[first : first + n]
+        for code, whole, scale, x in zip(codes, kept, scales, (k, v), strict=True):
+            wanted = reference.e4m3(x, scale)
+            assert torch.equal(code[:, :, slots], wanted.view(torch.uint8)), first
+            whole[:, :, slots] = wanted.double() * scale.double()[:, None, None]
+
+
 # sample
 
 

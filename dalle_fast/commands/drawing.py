@@ -68,7 +68,7 @@ def header_of(arguments: argparse.Namespace, caption: str, wave: int, **more: An
         "seed": settings.seed,
         "settings": asdict(settings),
         "model": "bundled" if arguments.model is None else str(arguments.model),
-        **{name: getattr(arguments, name) for name in ("device", "dtype", "backend", "truncate")},
+        **{name: getattr(arguments, name) for name in ("device", "dtype", "backend", "fp8_tails", "truncate")},
         "wave": wave,
         "ranked_by": arguments.rank,
         "kept": arguments.keep,
