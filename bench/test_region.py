@@ -20,8 +20,8 @@ from dalle_fast.graph_engine import GraphEngine
 from dalle_fast.regions import Box, known_outside
 from dalle_fast.sampling import SamplingSettings
 
-TITLE = "A rectangle of 16×16 cells drawn anew: 512 wide, 8 layers, 256 + 32×32, 8 candidates"
-CHUNK = 16  # known cells to the left of the rectangle, fed at once
+TITLE = "A rectangle of 16×16 cells drawn anew: 512 wide, 8 layers, 256 + 32×32, candidates: "
+CHUNK = 32  # known cells fed at once, as Pipeline.regenerate has it: a row
 
 
 @lru_cache(maxsize=1)
@@ -52,8 +52,9 @@ def engine_of(s: Subject, contender: str) -> Engine:
     ids=["cpu", "cpu-whole", "torch", "dense"],
 )
 @pytest.mark.parametrize("corner", ["bottom right", "middle"])
-def test_rectangle(corner: str, contender: str, whole: bool, measure: Measure) -> None:
-    measure.describe(TITLE, f"at the {corner}", contender, "bfloat16", batch=8)
+@pytest.mark.parametrize("batch", [1, 8])
+def test_rectangle(batch: int, corner: str, contender: str, whole: bool, measure: Measure) -> None:
+    measure.describe(f"{TITLE}{batch}", f"at the {corner}", contender, "bfloat16", batch=batch)
     s = subject(measure.small)
     config = s.config
     side = config.height // 2
@@ -62,12 +63,12 @@ def test_rectangle(corner: str, contender: str, whole: bool, measure: Measure) -
     picture = s.tokens[0]
     known = torch.full_like(picture, -1) if whole else known_outside(picture, [box], config.height, config.width)
     engine = engine_of(s, contender)
-    run = drawn(engine, s.text.to(DEVICE), known, 2 if measure.small else 8)
+    run = drawn(engine, s.text.to(DEVICE), known, min(batch, 2) if measure.small else batch)
     out = run()
     fixed = known >= 0
     assert bool((out[:, fixed] == picture[fixed]).all()), "known cells must stay"
     check(measure, s, out, box, config.width)
-    measure(run, passes=2, warmup=0)
+    measure(run, passes=3, warmup=0)
 
 
 def drawn(engine: Engine, text: Tensor, known: Tensor, n: int) -> Callable[[], Tensor]:
