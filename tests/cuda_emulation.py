@@ -138,14 +138,16 @@ class Machine:
             moved = [self.guard(x) if isinstance(x, Tensor) else x for x in args]
             reads = cuda_backend._reads
             made = {name: getattr(torch, name) for name in ("empty", "zeros")}
+            counters = cuda_backend._Counters()
             with (
                 patch.object(cuda_backend, "kernels", lambda: self.kernels),
                 patch.object(cuda_backend, "_reads", lambda *key: tuple(self.guard(x) for x in reads(*key))),
-                patch.object(cuda_backend, "counters", cuda_backend._Counters()),
+                patch.object(cuda_backend, "counters", counters),
                 patch.object(torch, "empty", lambda *a, **o: self.guard(made["empty"](*a, **o))),
                 patch.object(torch, "zeros", lambda *a, **o: self.guard(made["zeros"](*a, **o))),
             ):
                 result = function(*moved, **options).clone()
+            assert not any(x.any() for x in counters.of_stream.values()), "a kernel left its counters above zero"
         for given, now in zip(args, moved, strict=True):
             if isinstance(given, Tensor):
                 given.copy_(now)

@@ -119,7 +119,7 @@ def test_fp8_tails(machine, rule, head_dim, n, shape, dtype):
     """Codes that nobody wrote yet are NaN: they must not be read. Some values are beyond the largest code, some are so small
     that their codes are subnormal or zero."""
     mask, prompts, group, heads, steps = Mask.parse(f"{rule}@70+6x6"), 2, 2, 2, 12
-    scales = (torch.tensor([0.02, 0.003]), torch.tensor([0.003, 0.01]))
+    scales = (torch.tensor([2.0**-6, 0.003]), torch.tensor([0.003, 2.0**-7]))  # powers of 2: ties
     *_, prefix_k, prefix_v, tail_k, _ = (x.cpu() for x in inputs(mask, prompts, group, n, 0, dtype, head_dim))
     shape_of_tail = (*tail_k.shape[:2], mask.layout.cells, head_dim)
     codes = [torch.full(shape_of_tail, 127, dtype=torch.uint8) for _ in "kv"]
