@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from dalle_fast import cpu_backend, ops, weights
+from dalle_fast import cpu_backend, ops
 from dalle_fast.config import ModelConfig
 from dalle_fast.cpu_backend import pack_arguments
 from dalle_fast.engine import Drawn
-from dalle_fast.model import DalleModel
-from dalle_fast.quantize import Int4, Int8, Quantized
+from dalle_fast.model import DalleModel, open_weights
+from dalle_fast.quantize import Quantized, floats, last_rows, norm_vectors
 
 # "auto" is int8: half the bytes of bfloat16, and an error of the logits of about 1 % of their deviation (bfloat16: 0.3 %).
 DTYPES = ("auto", *cpu_backend.WEIGHT_DTYPES)
@@ -76,8 +75,8 @@ class CpuEngine:
     @classmethod
     def load(cls, folder: str | Path, *, dtype: str = "auto", threads: int | None = None, chunk: int = 1) -> CpuEngine:
         """Reads what DalleModel.save wrote, one tensor at a time. Raises as DalleModel.load does."""
-        config = ModelConfig.from_json(weights.read_text(Path(folder) / "config.json"))
-        with WeightFile(Path(folder) / "model.safetensors", config) as state:
+        config, file = open_weights(folder)
+        with file as state:
             return cls(state, config, dtype=dtype, threads=threads, chunk=chunk)
 
     # Building.
@@ -85,7 +84,7 @@ class CpuEngine:
     def _build(self, state: Mapping[str, Tensor | Quantized]) -> Any:
         config, module, threads = self.config, cpu_backend.kernels(), self.threads or torch.get_num_threads()
         activation = "gelu" if config.activation == "gelu" else config.activation
-        rotary = _floats(state["rotary"]) if config.positions == "rotary" else None
+        rotary = floats(state["rotary"]) if config.positions == "rotary" else None
         shape = {name: getattr(config, name) for name in _SAME_NAMES} | {
             "text_len": config.layout.text_len,
             "first_place": int(config.start == "learned"),
@@ -106,17 +105,17 @@ class CpuEngine:
             del keep, layer
         held = self._text.image_embedding.weight
         places = [
-            _floats(state[f"{name}_positions"]) if config.positions == "learned" else None for name in ("row", "column")
+            floats(state[f"{name}_positions"]) if config.positions == "learned" else None for name in ("row", "column")
         ]
         engine.set_embedding(
             getattr(module.DType, cpu_backend.DTYPES[held.dtype]),
             held.data_ptr(), *(0 if x is None else x.data_ptr() for x in places),
         )  # fmt: skip
         self._text.image_embedding.weight = nn.Parameter(torch.empty_like(held, device="meta"), requires_grad=False)
-        norms = [_norm(state, f"final_norms.{i}.") for i in range(config.final_norms)]
-        head = _last_rows(state["head.weight"], config.image_vocab)
+        norms = [norm_vectors(state, f"final_norms.{i}.") for i in range(config.final_norms)]
+        head = last_rows(state["head.weight"], config.image_vocab)
         kind = "int8" if self.dtype == "int4" else self.dtype
-        packed = pack_arguments(head, _floats(state["head.bias"])[config.text_logits :], kind)
+        packed = pack_arguments(head, floats(state["head.bias"])[config.text_logits :], kind)
         engine.set_head([(w.data_ptr(), b.data_ptr()) for w, b in norms], packed, threads)
         return engine
 
@@ -126,20 +125,20 @@ class CpuEngine:
         layer: dict[str, Any] = {}
         keep: list[Any] = []
         for branch, last in (("attention", "out"), ("mlp", "down")):
-            scale = _floats(state[f"{prefix}{branch}_scale"]) if config.layer_scale else None
+            scale = floats(state[f"{prefix}{branch}_scale"]) if config.layer_scale else None
             norms: dict[str, tuple[Tensor, Tensor] | None] = {
-                f"{branch}_norm": _norm(state, f"{prefix}{branch}_norm."),
+                f"{branch}_norm": norm_vectors(state, f"{prefix}{branch}_norm."),
                 f"{branch}_norm_out": None,
             }
             if config.sandwich_norm:  # LayerScale comes after the second norm: it scales that one's vectors
-                pair = _norm(state, f"{prefix}{branch}_norm_out.")
+                pair = norm_vectors(state, f"{prefix}{branch}_norm_out.")
                 norms[f"{branch}_norm_out"] = pair if scale is None else (pair[0] * scale, pair[1] * scale)
                 scale = None
             for name, vectors in norms.items():
                 layer[name] = None if vectors is None else (vectors[0].data_ptr(), vectors[1].data_ptr())
             keep.append(norms)
             for name in ("qkv", "out") if branch == "attention" else ("up", "down"):
-                bias = _floats(state[f"{prefix}{name}.bias"]) if name != "qkv" or config.qkv_bias else None
+                bias = floats(state[f"{prefix}{name}.bias"]) if name != "qkv" or config.qkv_bias else None
                 layer[name] = pack_arguments(
                     state[f"{prefix}{name}.weight"], bias, self.dtype,
                     geglu=name == "up" and config.activation == "geglu", output_scale=scale if name == last else None,
@@ -229,65 +228,6 @@ _SAME_NAMES = (
 )  # fmt: skip
 
 
-class WeightFile(Mapping[str, Tensor]):
-    """The tensors of a model file, each read when asked for; names and shapes are checked on opening, values on reading."""
-
-    def __init__(self, path: Path, config: ModelConfig) -> None:
-        self.path = path
-        with torch.device("meta"):
-            expected = DalleModel(config).state_dict()
-        try:
-            self._file = cast(Any, safe_open(path, framework="pt"))
-            names = set(self._file.keys())
-            problems = [f"{name} is missing" for name in expected if name not in names]
-            problems += [f"{name} is unexpected" for name in sorted(names - set(expected))]
-            for name in sorted(names & set(expected)):
-                shape = list(self._file.get_slice(name).get_shape())
-                if shape != list(expected[name].shape):
-                    problems.append(f"{name} is {shape}, expected {list(expected[name].shape)}")
-        except (OSError, SafetensorError) as error:
-            raise weights.WeightError(f"cannot read {path}: {error}") from None
-        if problems:
-            more = f" and {len(problems) - 8} more" if len(problems) > 8 else ""
-            raise weights.WeightError(f"{path} does not fit: {'; '.join(problems[:8])}{more}")
-        self._names = list(expected)
-
-    def __enter__(self) -> WeightFile:
-        self._file.__enter__()
-        return self
-
-    def __exit__(self, *error: Any) -> None:
-        self._file.__exit__(*error)
-
-    def __getitem__(self, name: str) -> Tensor:
-        tensor: Tensor = self._file.get_tensor(name)
-        if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
-            raise weights.WeightError(f"{self.path} does not fit: {name} has values that are not finite")
-        return tensor
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._names)
-
-    def __len__(self) -> int:
-        return len(self._names)
-
-
-def _floats(x: Tensor | Quantized) -> Tensor:
-    return (x.detach() if isinstance(x, Tensor) else x.dequantize()).float().contiguous()
-
-
-def _norm(state: Mapping[str, Tensor | Quantized], prefix: str) -> tuple[Tensor, Tensor]:
-    return _floats(state[f"{prefix}weight"]), _floats(state[f"{prefix}bias"])
-
-
-def _last_rows(weight: Tensor | Quantized, count: int) -> Tensor | Quantized:
-    if isinstance(weight, Int8):
-        return Int8(weight.values[-count:], weight.scale[-count:])
-    if isinstance(weight, Int4):
-        return Int4(weight.packed[-count:], weight.scale[-count:], weight.inputs)
-    return weight[-count:]
-
-
 def _text_side(config: ModelConfig, state: Mapping[str, Tensor | Quantized], dtype: torch.dtype) -> DalleModel:
     """A model of which only the embeddings exist: it turns captions into rows."""
     with torch.device("meta"):
@@ -299,5 +239,5 @@ def _text_side(config: ModelConfig, state: Mapping[str, Tensor | Quantized], dty
         setattr(getattr(model, name), "weight", nn.Parameter(held, requires_grad=False))  # noqa: B010
     names = ["text_positions", "row_positions", "column_positions"] if config.positions == "learned" else []
     for name in [*names, *(["start"] if config.start == "learned" else [])]:
-        setattr(model, name, nn.Parameter(_floats(state[name]), requires_grad=False))
+        setattr(model, name, nn.Parameter(floats(state[name]), requires_grad=False))
     return model

@@ -14,6 +14,7 @@ from dalle_fast import weights
 from dalle_fast.cache import Cache
 from dalle_fast.config import ModelConfig
 from dalle_fast.passes import FullPass, Pass, PrefixPass, StepPass
+from dalle_fast.weights import WeightFile
 
 
 class Block(nn.Module):
@@ -242,6 +243,14 @@ class DalleModel(nn.Module):
         state = weights.load(path, expected, dtype=dtype, device=device, exact=("rotary",))
         model.load_state_dict(state, assign=True)
         return model.eval().requires_grad_(False)
+
+
+def open_weights(folder: str | Path) -> tuple[ModelConfig, WeightFile]:
+    """What DalleModel.save wrote, each parameter read when asked for. Raises as DalleModel.load does."""
+    config = ModelConfig.from_json(weights.read_text(Path(folder) / "config.json"))
+    with torch.device("meta"):
+        expected = DalleModel(config).state_dict()
+    return config, WeightFile(Path(folder) / "model.safetensors", expected)
 
 
 def rotary_table(config: ModelConfig) -> Tensor:

@@ -14,15 +14,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dalle_fast import backends, torch_backend, weights
+from dalle_fast import backends, torch_backend
 from dalle_fast.backends import Call
 from dalle_fast.config import ModelConfig
-from dalle_fast.cpu_engine import WeightFile, _floats, _last_rows, _norm
 from dalle_fast.linear import MAX_ROWS, skinny_linear
-from dalle_fast.model import Block, DalleModel, rotate
+from dalle_fast.model import Block, DalleModel, open_weights, rotate
 from dalle_fast.packing import KINDS, Branch, PackedWeight, pack
 from dalle_fast.passes import Pass
-from dalle_fast.quantize import Int4, Int8, Quantized
+from dalle_fast.quantize import Int4, Int8, Quantized, floats, last_rows, norm_vectors
 
 LINEAR = ("qkv", "out", "up", "down")
 # More rows than this, a caption's, are multiplied by a dense copy of the weight, made for the call; fewer, 64 at a time.
@@ -79,15 +78,15 @@ class PackedModel(DalleModel):
             for name in LINEAR:
                 delattr(block, name)
         del self.head
-        kept = {name: _floats(state[name]).to(device, dtype) for name in self.state_dict() if name != "rotary"}
+        kept = {name: floats(state[name]).to(device, dtype) for name in self.state_dict() if name != "rotary"}
         self.load_state_dict(kept, strict=False, assign=True)
         if self.rotary is not None:
-            self.rotary = _floats(state["rotary"]).to(device)
+            self.rotary = floats(state["rotary"]).to(device)
         self.requires_grad_(False).eval()
         self.layers = [PackedLayer(block, state, kind, device) for block in self.blocks if isinstance(block, Block)]
-        last = _norm(state, f"final_norms.{config.final_norms - 1}.")
-        head = _last_rows(state["head.weight"], config.image_vocab)
-        bias = _floats(state["head.bias"])[config.text_logits :]
+        last = norm_vectors(state, f"final_norms.{config.final_norms - 1}.")
+        head = last_rows(state["head.weight"], config.image_vocab)
+        bias = floats(state["head.bias"])[config.text_logits :]
         packed = pack(_on(head, device), bias, kind="int8" if kind == "int4" else kind)
         self.packed_head = PackedLinear(packed, _pair(last, device), config.norm_eps)
 
@@ -96,8 +95,8 @@ class PackedModel(DalleModel):
         cls, folder: str | Path, *, kind: str = "bfloat16", device: torch.device | str = "cpu"
     ) -> PackedModel:
         """Reads what DalleModel.save wrote, one tensor at a time. Raises as DalleModel.load does."""
-        config = ModelConfig.from_json(weights.read_text(Path(folder) / "config.json"))
-        with WeightFile(Path(folder) / "model.safetensors", config) as state:
+        config, file = open_weights(folder)
+        with file as state:
             return cls(state, config, kind=kind, device=device)
 
     def run_blocks(self, x: Tensor, run: Pass) -> Tensor:
@@ -184,14 +183,14 @@ class PackedLayer:
         def linear(name: str, branch: str) -> PackedLinear:
             first, last = name in ("qkv", "up"), name in ("out", "down")
             gated = name == "up" and config.activation == "geglu"
-            bias = _floats(state[f"{prefix}{name}.bias"]) if name != "qkv" or config.qkv_bias else None
+            bias = floats(state[f"{prefix}{name}.bias"]) if name != "qkv" or config.qkv_bias else None
             # A sandwich norm stands between the product and LayerScale, which then scales the norm's vectors.
             scaled = last and config.layer_scale and not config.sandwich_norm
-            scale = _floats(state[f"{prefix}{branch}_scale"]) if scaled else None
+            scale = floats(state[f"{prefix}{branch}_scale"]) if scaled else None
             packed = pack(
                 _on(state[f"{prefix}{name}.weight"], device), bias, kind=kind, geglu=gated, output_scale=scale
             )
-            norm = _norm(state, f"{prefix}{branch}_norm.") if first and not config.token_shift else None
+            norm = norm_vectors(state, f"{prefix}{branch}_norm.") if first and not config.token_shift else None
             return PackedLinear(
                 packed, _pair(norm, device), config.norm_eps, config.activation if name == "up" else "none"
             )
@@ -199,8 +198,8 @@ class PackedLayer:
         def norm_out(branch: str) -> Norm | None:
             if not config.sandwich_norm:
                 return None
-            weight, bias = _norm(state, f"{prefix}{branch}_norm_out.")
-            scale = _floats(state[f"{prefix}{branch}_scale"]) if config.layer_scale else torch.ones(())
+            weight, bias = norm_vectors(state, f"{prefix}{branch}_norm_out.")
+            scale = floats(state[f"{prefix}{branch}_scale"]) if config.layer_scale else torch.ones(())
             dtype = block.attention_norm.weight.dtype
             return (weight * scale).to(device, dtype), (bias * scale).to(device, dtype)
 

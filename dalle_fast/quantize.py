@@ -5,6 +5,7 @@ int8: one scale an output channel. int4: one scale a group of 128 consecutive in
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch
@@ -61,6 +62,25 @@ def quantize(weight: Tensor, dtype: str) -> Quantized:
     parts = [_QUANTIZERS[dtype](part.float()) for part in torch.split(weight.detach(), rows)]
     values, scale = (torch.cat([part[i] for part in parts]) for i in range(2))
     return Int8(values, scale) if dtype == "int8" else Int4(values, scale, weight.shape[1])
+
+
+def floats(x: Tensor | Quantized) -> Tensor:
+    """What a parameter stands for, in float32."""
+    return (x.detach() if isinstance(x, Tensor) else x.dequantize()).float().contiguous()
+
+
+def norm_vectors(state: Mapping[str, Tensor | Quantized], prefix: str) -> tuple[Tensor, Tensor]:
+    """Weight and bias of the LayerNorm whose parameters' names begin so, in float32."""
+    return floats(state[f"{prefix}weight"]), floats(state[f"{prefix}bias"])
+
+
+def last_rows(weight: Tensor | Quantized, count: int) -> Tensor | Quantized:
+    """The last `count` output channels."""
+    if isinstance(weight, Int8):
+        return Int8(weight.values[-count:], weight.scale[-count:])
+    if isinstance(weight, Int4):
+        return Int4(weight.packed[-count:], weight.scale[-count:], weight.inputs)
+    return weight[-count:]
 
 
 def relative_error(weight: Tensor, quantized: Quantized) -> float:

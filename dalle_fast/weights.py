@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
+from typing import Any, cast
 
 import safetensors.torch
 import torch
@@ -71,19 +72,13 @@ def load(
 
     Raises WeightError listing every problem: missing and unexpected names, other shapes, values that are not finite.
     """
-    problems: list[str] = []
     state: dict[str, Tensor] = {}
     try:
         with safe_open(path, framework="pt") as file:
-            names = set(file.keys())
-            problems += [f"{name} is missing" for name in expected if name not in names]
-            problems += [f"{name} is unexpected" for name in sorted(names - set(expected))]
-            for name in (name for name in expected if name in names):
+            problems = _misfits(file, expected)
+            for name in (name for name in expected if name in file.keys()):  # noqa: SIM118
                 tensor = file.get_tensor(name)
-                if tensor.shape != expected[name].shape:
-                    problems.append(f"{name} is {list(tensor.shape)}, expected {list(expected[name].shape)}")
-                    continue
-                if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
+                if not _finite(tensor):
                     problems.append(f"{name} has values that are not finite")
                 kind = dtype if tensor.is_floating_point() else None
                 if kind is not None and name in exact:
@@ -91,7 +86,59 @@ def load(
                 state[name] = tensor.to(device=device, dtype=kind)
     except (OSError, SafetensorError) as error:
         raise WeightError(f"cannot read {path}: {error}") from None
+    _refuse(path, problems)
+    return state
+
+
+class WeightFile(Mapping[str, Tensor]):
+    """The tensors of a file, each read when asked for, so that no copy of the whole is ever in memory. Names and shapes are
+    checked on opening, values on reading. Raises WeightError as load does."""
+
+    def __init__(self, path: Path, expected: Mapping[str, Tensor]) -> None:
+        self.path, self._names = path, list(expected)
+        try:
+            self._file = cast(Any, safe_open(path, framework="pt"))
+            problems = _misfits(self._file, expected)
+        except (OSError, SafetensorError) as error:
+            raise WeightError(f"cannot read {path}: {error}") from None
+        _refuse(path, problems)
+
+    def __enter__(self) -> WeightFile:
+        self._file.__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._file.__exit__(*error)
+
+    def __getitem__(self, name: str) -> Tensor:
+        tensor: Tensor = self._file.get_tensor(name)
+        if not _finite(tensor):
+            _refuse(self.path, [f"{name} has values that are not finite"])
+        return tensor
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+
+def _misfits(file: Any, expected: Mapping[str, Tensor]) -> list[str]:
+    names = set(file.keys())
+    problems = [f"{name} is missing" for name in expected if name not in names]
+    problems += [f"{name} is unexpected" for name in sorted(names - set(expected))]
+    for name in (name for name in expected if name in names):
+        shape, wanted = list(file.get_slice(name).get_shape()), list(expected[name].shape)
+        if shape != wanted:
+            problems.append(f"{name} is {shape}, expected {wanted}")
+    return problems
+
+
+def _finite(tensor: Tensor) -> bool:
+    return not tensor.is_floating_point() or bool(tensor.isfinite().all())
+
+
+def _refuse(path: Path, problems: list[str]) -> None:
     if problems:
         more = f" and {len(problems) - 8} more" if len(problems) > 8 else ""
         raise WeightError(f"{path} does not fit: {'; '.join(problems[:8])}{more}")
-    return state

@@ -97,7 +97,7 @@ def test_a_model_learns():
         loss = model.loss(text, image)
         loss.backward()
         optimizer.step()
-        losses.append(float(loss))
+        losses.append(loss.item())
     assert losses[-1] < losses[0] / 2
 
 
