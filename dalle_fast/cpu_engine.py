@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from dalle_fast import cpu_backend, ops
 from dalle_fast.config import ModelConfig
 from dalle_fast.cpu_backend import pack_arguments
-from dalle_fast.engine import Drawn
+from dalle_fast.engine import Drawn, check_draw, check_fed
 from dalle_fast.model import DalleModel, open_weights
 from dalle_fast.quantize import Quantized, floats, last_rows, norm_vectors
 
@@ -168,10 +168,7 @@ class CpuEngine:
 
     def feed(self, tokens: Tensor) -> Tensor:
         batch = self._engine.batch
-        if tokens.ndim != 2 or tokens.shape[0] != batch or tokens.dtype != torch.int64:
-            raise ValueError(
-                f"got tokens {list(tokens.shape)} {tokens.dtype}, expected [{batch}, k] int64 after prefill"
-            )
+        check_fed(tokens, batch)
         logits = torch.empty(batch, self.config.image_vocab)
         for part in torch.split(tokens, self.chunk, dim=1):
             part = part.contiguous()
@@ -192,11 +189,7 @@ class CpuEngine:
     ) -> Drawn:
         """As engine.DrawingEngine says, in one call. The results are new tensors."""
         batch, count = self._engine.batch, len(candidates)
-        if tokens.shape != (batch,) or batch != count * (1 if guidance_scale == 1 else 2):
-            raise ValueError(
-                f"got tokens {list(tokens.shape)} for {count} candidates with {guidance_scale=} and a batch of {batch}, "
-                f"expected [{batch}] and {batch if guidance_scale == 1 else batch / 2:g} candidates"
-            )
+        check_draw(tokens, candidates, given, guidance_scale, batch)
         ops.check_sampling(temperature, top_k, top_p, self.config.image_vocab)
         tokens, candidates = tokens.contiguous(), candidates.contiguous()
         given = None if given is None else given.contiguous()

@@ -114,7 +114,7 @@ class TorchEngine:
 
     @torch.inference_mode()
     def feed(self, tokens: Tensor) -> Tensor:
-        assert self.cache is not None, "prefill comes first"
+        check_fed(tokens, 0 if self.cache is None else self.cache.batch)
         with backends.use(self.backend):
             for part in torch.split(tokens, self.chunk, dim=1):
                 logits = self.model.step(part, self.cache)
@@ -130,6 +130,25 @@ class TorchEngine:
 
     def most_candidates(self, guided: bool = False) -> int | None:
         return None
+
+
+def check_fed(tokens: Tensor, batch: int) -> None:
+    """Raises ValueError unless an engine of so many sequences (0: before prefill) can be fed these tokens."""
+    if not batch:
+        raise ValueError("got a step without a cache, expected prefill to come first")
+    if tokens.ndim != 2 or tokens.shape[0] != batch or not tokens.shape[1] or tokens.dtype != torch.int64:
+        raise ValueError(f"got tokens {list(tokens.shape)} {tokens.dtype}, expected [{batch}, k] int64, k at least 1")
+
+
+def check_draw(tokens: Tensor, candidates: Tensor, given: Tensor | None, guidance_scale: float, batch: int) -> None:
+    """Raises ValueError unless DrawingEngine.sample of so many sequences can take these arguments."""
+    if tokens.ndim != 1:
+        raise ValueError(f"got tokens {list(tokens.shape)} {tokens.dtype}, expected [{batch}] int64")
+    check_fed(tokens[:, None], batch)
+    halves, why = (1, "") if guidance_scale == 1 else (2, f", half of the batch, with {guidance_scale=}")
+    for name, x in (("candidates", candidates), ("given", candidates if given is None else given)):
+        if x.ndim != 1 or len(x) * halves != batch or x.dtype != torch.int64:
+            raise ValueError(f"got {name} {list(x.shape)} {x.dtype}, expected [{batch / halves:g}] int64{why}")
 
 
 def log_probability(logits: Tensor, tokens: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from dalle_fast import backends, ops
 from dalle_fast.cache import Cache
-from dalle_fast.engine import Drawn, at_least_float32, log_probability
+from dalle_fast.engine import Drawn, at_least_float32, check_draw, check_fed, log_probability
 from dalle_fast.model import DalleModel
 from dalle_fast.planning import plan_memory
 
@@ -85,9 +85,7 @@ class GraphEngine:
 
     @torch.inference_mode()
     def feed(self, tokens: Tensor) -> Tensor:
-        cache = self._cache()
-        if tokens.ndim != 2 or tokens.shape[0] != cache.batch or tokens.dtype != torch.int64 or not tokens.shape[1]:
-            raise ValueError(f"got tokens {list(tokens.shape)} {tokens.dtype}, expected [{cache.batch}, k] int64")
+        check_fed(tokens, 0 if self.cache is None else self.cache.batch)
         for part in torch.split(tokens, self.chunk, dim=1):
             logits = self._step(part.shape[1], None).run(part)[0]
         return logits
@@ -137,13 +135,7 @@ class GraphEngine:
     ) -> Drawn:
         """As engine.DrawingEngine says, all in one graph. Other settings are another graph; other tokens, candidates,
         positions and given tokens are not."""
-        cache, count = self._cache(), len(candidates)
-        guided = guidance_scale != 1
-        if cache.batch != count * (2 if guided else 1) or tokens.shape != (cache.batch,):
-            raise ValueError(
-                f"got tokens {list(tokens.shape)} for {count} candidates with guidance_scale={guidance_scale} and a cache "
-                f"of {cache.batch}, expected [{count * (2 if guided else 1)}]"
-            )
+        check_draw(tokens, candidates, given, guidance_scale, 0 if self.cache is None else self.cache.batch)
         ops.check_sampling(temperature, top_k, top_p, self.config.image_vocab)
         step = self._step(1, (temperature, top_k, top_p, guidance_scale, seed))
         logits, drawn, log_p = step.run(tokens[:, None], candidates, given)

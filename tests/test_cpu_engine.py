@@ -123,7 +123,7 @@ def test_refusals():
     with pytest.raises(ValueError, match="ModelConfig"):
         CpuEngine(model.state_dict())
     engine = CpuEngine(model)
-    with pytest.raises(ValueError, match="after prefill"):
+    with pytest.raises(ValueError, match="expected prefill to come first"):
         engine.step(torch.zeros(1, dtype=torch.int64))
     engine.prefill(torch.ones(1, 16, dtype=torch.int64), 2)
     with pytest.raises(ValueError, match=r"expected \[2, k\]"):
@@ -170,7 +170,9 @@ def test_draws_that_do_not_fit():
     engine = CpuEngine(random_model())
     engine.prefill(torch.ones(1, 16, dtype=torch.int64), 2)
     tokens = torch.zeros(2, dtype=torch.int64)
-    with pytest.raises(ValueError, match=r"guidance_scale=2.0 and a batch of 2, expected \[2\] and 1 candidates"):
+    with pytest.raises(
+        ValueError, match=r"got candidates \[2\] torch.int64, expected \[1\] int64, .* guidance_scale=2.0"
+    ):
         engine.sample(tokens, torch.arange(2), guidance_scale=2.0)
     with pytest.raises(ValueError, match="got top_k=33"):
         engine.sample(tokens, torch.arange(2), top_k=33)

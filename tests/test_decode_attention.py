@@ -127,7 +127,10 @@ def test_fp8_tails(backend, rule, dtype, n):
     that it appends as they come."""
     require(backend, "decode_attention_fp8", dtype, 16)
     mask, prompts, group, heads = Mask.parse(f"{rule}@16+6x6"), 2, 2, 2
-    scales = (torch.tensor([2.0**-6, 0.003]), torch.tensor([0.003, 2.0**-7]))  # powers of 2: ties; 448 x 0.003 is passed
+    scales = (
+        torch.tensor([2.0**-6, 0.003]),
+        torch.tensor([0.003, 2.0**-7]),
+    )  # powers of 2: ties; 448 x 0.003 is passed
     *_, prefix_k, prefix_v, tail_k, _ = inputs(mask, prompts, group, n, 0, dtype, 16)
     shape = (*tail_k.shape[:2], mask.layout.cells, 16)
     codes = [torch.full(shape, math.nan, device=DEVICE).to(torch.float8_e4m3fn) for _ in "kv"]

@@ -93,7 +93,9 @@ def test_what_it_refuses():
     engine.prefill(torch.zeros(1, 16, dtype=torch.int64), 2)
     with pytest.raises(ValueError, match=r"got tokens \[3, 1\] torch.int64, expected \[2, k\] int64"):
         engine.step(torch.zeros(3, dtype=torch.int64))
-    with pytest.raises(ValueError, match=r"guidance_scale=2.0 and a cache of 2, expected \[4\]"):
+    with pytest.raises(
+        ValueError, match=r"got candidates \[2\] torch.int64, expected \[1\] int64, .* guidance_scale=2.0"
+    ):
         engine.sample(torch.zeros(2, dtype=torch.int64), torch.arange(2), guidance_scale=2.0)
 
 
