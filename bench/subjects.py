@@ -111,7 +111,7 @@ def make_dalle_pytorch(small: bool) -> Subject:
     for name, p in peer.named_parameters():  # else its residual stream hardly notices what the layers do
         if name.endswith("scale"):
             p.fill_(0.5)
-    return Subject("dalle-pytorch", converted(dalle_pytorch.config(peer), dalle_pytorch.tensors(peer)), peer)
+    return Subject("dalle-pytorch", converted(*dalle_pytorch.converted(peer, heads=sizes[2])), peer)
 
 
 def make_rudalle(small: bool) -> Subject:

@@ -115,6 +115,7 @@ class TorchEngine:
     @torch.inference_mode()
     def feed(self, tokens: Tensor) -> Tensor:
         check_fed(tokens, 0 if self.cache is None else self.cache.batch)
+        assert self.cache is not None
         with backends.use(self.backend):
             for part in torch.split(tokens, self.chunk, dim=1):
                 logits = self.model.step(part, self.cache)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from bench.peers import load_part, rows
+from dalle_fast.checkpoints import dalle_pytorch as converter
 from dalle_fast.config import ModelConfig
 
 TYPES = ("axial_row", "axial_col", "axial_row", "axial_row")
@@ -51,38 +52,14 @@ def build(dim: int, layers: int, heads: int, side: int, text: int, text_vocab: i
     return model.eval().requires_grad_(False)
 
 
-def config(model: Any) -> ModelConfig:
-    """The same architecture in our words."""
-    layers = len(model.transformer.layers.layers)
-    names = {"axial_row": "row(window=in_row)", "axial_col": "column"}
-    side = model.transformer.image_fmap_size
-    first = model.transformer.layers.layers[0][0].fn.fn.fn.fn.fn
-    return ModelConfig(
-        dim=model.to_logits[1].in_features, layers=layers, heads=first.heads,
-        patterns=tuple(names[TYPES[i % len(TYPES)]] for i in range(layers)), caption_len=model.text_seq_len,
-        height=side, width=side, text_vocab=model.num_text_tokens - model.text_seq_len,
-        image_vocab=model.num_image_tokens, lead_token=0, start="none", positions="rotary", activation="geglu",
-        qkv_bias=False, layer_scale=True, token_shift=True,
-    )  # fmt: skip
-
-
-def tensors(model: Any) -> dict[str, Tensor]:
-    """Its weights by our names."""
-    found = {
-        "text_embedding.weight": model.text_emb.weight,
-        "image_embedding.weight": model.image_emb.weight,
-        "rotary": model.transformer.pos_emb[0],
-    }
-    modules = {"final_norms.0": model.to_logits[0], "head": model.to_logits[1]}
-    for i, (attention, mlp) in enumerate(model.transformer.layers.layers):
-        block = f"blocks.{i}."
-        found |= {f"{block}attention_scale": attention.scale.flatten(), f"{block}mlp_scale": mlp.scale.flatten()}
-        attend, feed = attention.fn.fn.fn.fn.fn, mlp.fn.fn.fn.fn
-        found[f"{block}qkv.weight"] = attend.to_qkv.weight
-        modules |= {f"{block}attention_norm": attention.fn.norm, f"{block}mlp_norm": mlp.fn.norm}
-        modules |= {f"{block}out": attend.to_out[0], f"{block}up": feed.net[0], f"{block}down": feed.net[3]}
-    found |= {f"{name}.{part}": getattr(m, part) for name, m in modules.items() for part in ("weight", "bias")}
-    return {name: tensor.detach().clone() for name, tensor in found.items()}
+def converted(model: nn.Module, heads: int) -> tuple[ModelConfig, dict[str, Tensor]]:
+    """The same architecture and weights in our words."""
+    hparams = {
+        "heads": heads, "dim_head": 64, "text_seq_len": model.text_seq_len, "attn_types": TYPES, "shift_tokens": True,
+        "num_text_tokens": model.num_text_tokens - model.text_seq_len,
+    }  # fmt: skip
+    state = {name: x.detach().clone() for name, x in model.state_dict().items()}
+    return converter.read({"hparams": hparams, "weights": state}, version="1.6.6")
 
 
 def in_type(model: nn.Module, dtype: torch.dtype) -> nn.Module:
