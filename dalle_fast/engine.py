@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from typing import NamedTuple, Protocol, runtime_checkable
 
 import torch
@@ -11,6 +12,8 @@ from dalle_fast import backends, onednn
 from dalle_fast.cache import Cache
 from dalle_fast.config import ModelConfig
 from dalle_fast.model import DalleModel
+
+log = logging.getLogger(__name__)
 
 
 class Engine(Protocol):
@@ -91,8 +94,11 @@ class TorchEngine:
     def __init__(self, model: DalleModel, chunk: int = 1, backend: str = "auto", *, fp8_tails: bool = False) -> None:
         """chunk: known tokens fed at a time. Each costs a slot in every ring, and a ring that a step reads whole is the
         fastest, so leave it at 1 where nothing is known. fp8_tails: as in cache.Cache."""
-        packed = backend in ("auto", "torch") and onednn.why_not(model.image_embedding.weight) is None
-        self.model: DalleModel = onednn.OneDnnModel(model) if packed else model
+        reason = (
+            onednn.why_not(model.image_embedding.weight) if backend in ("auto", "torch") else f"backend {backend!r}"
+        )
+        log.info("linear layers are %s", f"plain: {reason}" if reason else "packed by oneDNN")
+        self.model: DalleModel = model if reason else onednn.OneDnnModel(model)
         self.config = model.config
         self.chunk, self.backend, self.fp8_tails = chunk, backend, fp8_tails
         self.cache: Cache | None = None
