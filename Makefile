@@ -13,7 +13,7 @@ VENV ?= .venv
 PROMPT ?= a penguin wearing a yellow hat and a red shirt
 N ?= 8
 # What suits the bundled model: examples/scenes/README.md has the measurement.
-SAMPLING ?= --temperature 0.85 --guidance 1.5
+SAMPLING ?= --temperature 0.6 --top-p 0.95
 SEED ?= 0
 OUT ?= out
 JOBS ?= 2

@@ -47,10 +47,15 @@ def test_a_figure_written_by_hand_is_found() -> None:
 
 
 def test_scenes_in_the_readme_are_those_measured() -> None:
-    measured = json.loads((ROOT / "bench/results/scenes-best-of-32.json").read_text())
-    rows = {row["held_out"]: row for row in measured["rows"] if row["family"] == "all"}
+    one, best = (
+        json.loads((ROOT / f"bench/results/scenes-{name}.json").read_text()) for name in ("one-int8", "best-of-32")
+    )
     text = (ROOT / "README.md").read_text()
     for held_out, name in ((False, "combinations seen in training"), (True, "held-out combinations")):
-        shares = [f"{rows[held_out][key]:.1%}".replace("%", " %") for key in ("one", "best_of_n")]
-        assert f"| {name} | {shares[0]} | {shares[1]} |" in text
-    assert f"the first {measured['captions']} of 600" in " ".join(text.split())
+        shares = [
+            next(row[key] for row in measured["rows"] if row["family"] == "all" and row["held_out"] == held_out)
+            for measured, key in ((one, "one"), (best, "best_of_n"))
+        ]
+        assert f"| {name} | {shares[0]:.1%} | {shares[1]:.1%} |".replace("%", " %") in text
+    assert one["captions"] == 600 and f"the first {best['captions']} of 600" in " ".join(text.split())
+    assert one["weights"] == best["weights"]

@@ -81,6 +81,16 @@ def test_plain_cells_share_a_code_and_forms_do_not_say_colours(codebook) -> None
     assert len(forms) > 10
 
 
+def test_codebook_survives_its_file(codebook, tmp_path) -> None:
+    codebook.save(tmp_path / "codebook.npz")
+    loaded = steady_codes.Codebook.load(tmp_path / "codebook.npz")
+    assert len(loaded) == len(codebook) == 256
+    rng = np.random.default_rng(4)
+    for _ in range(20):
+        scene = render.layout(grammar.sample_scene(rng), rng)
+        assert np.array_equal(loaded.label(*scene), codebook.label(*scene))
+
+
 def test_batches_depend_on_seed_and_step_alone(codebook, tmp_path) -> None:
     tokenizer = data.train_tokenizer(tmp_path / "tokenizer.json", scenes=100)
     batches = data.Batches(tokenizer, codebook, 3, 32, seed=5, steps=10)
@@ -111,7 +121,7 @@ def test_training_attention_equals_the_library() -> None:
 
 def test_clip_batches_say_which_captions_fit() -> None:
     batch = train_clip.Batch(3, 4, seed=0, drawn=[])
-    assert batch.pixels.shape == (12, 3, 128, 128) and len(batch.texts) == 8 and batch.fits.shape == (12, 8)
+    assert batch.pixels.shape == (16, 3, 128, 128) and len(batch.texts) == 8 and batch.fits.shape == (16, 8)
     assert batch.fits[:8].diagonal().all()
     clock = grammar.Scene("clocks", blocks=(grammar.Block("green", "star"),), hour=3)
     untimed = grammar.Scene("clocks", blocks=clock.blocks)

@@ -34,8 +34,8 @@ def codebook() -> steady_codes.Codebook:
 
 @pytest.fixture(autouse=True)
 def small(monkeypatch, codebook) -> None:
-    """Codes that are built once, and few steps for the pads."""
-    monkeypatch.setattr(steady_codes.Codebook, "build", lambda vocab: codebook)
+    """A small codebook, and few steps for the pads."""
+    monkeypatch.setattr(steady_codes.Codebook, "load", lambda: codebook)
     monkeypatch.setattr(train_transformer, "PAD_STEPS", 2)
 
 
@@ -78,7 +78,7 @@ def test_transformer(monkeypatch, tmp_path, capsys) -> None:
 
 
 def test_dvae(monkeypatch, tmp_path) -> None:
-    options = "--steps 4 --batch 2 --scenes 6 --hidden 8 --vocab 160 --device cpu"
+    options = "--steps 4 --batch 2 --scenes 6 --hidden 8 --device cpu"
     monkeypatch.setattr(train_dvae, "quality", lambda *args: (0.0, 0.0))
     for name in "ab":
         run(monkeypatch, train_dvae, tmp_path / name, options)
@@ -129,13 +129,27 @@ def drawn(tmp_path) -> Path:
 
 def test_clip_learns_from_drawn_pictures(monkeypatch, drawn) -> None:
     monkeypatch.setattr(train_clip, "DRAWN_SHARE", 1.0)
+    monkeypatch.setattr(train_clip, "shifted", lambda picture, rng: picture)
     found = draw_for_clip.read(drawn)
     batch = train_clip.Batch(0, 4, 0, found)
     exact, wrong = (train_clip.pixels([d.pictures[i] for d in found]) for i in (0, 1))
+    assert len(batch.pixels) == len(batch.fits) == 4 * (2 + train_clip.DAMAGED)
     for i in range(4):
         assert any(torch.equal(batch.pixels[i], x) for x in exact)
         assert any(torch.equal(batch.pixels[8 + i], x) for x in wrong)
-        assert batch.fits[i, i] and not batch.fits[8 + i, i]
+        assert batch.fits[i, i] and not batch.fits[8 + i, i] and not batch.fits[12 + i, i]
+
+
+def test_shifted_pictures_show_the_same() -> None:
+    rng = np.random.default_rng(5)
+    moved = 0
+    for i in range(12):
+        scene = grammar.sample_scene(rng, grammar.FAMILIES[i % 3])
+        picture = render.render(scene, rng)
+        other = train_clip.shifted(picture, rng)
+        moved += not np.array_equal(other, picture)
+        assert all(checker.check(other, scene).values())
+    assert moved >= 6
 
 
 @pytest.mark.parametrize("with_drawn", [False, True])

@@ -53,8 +53,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="the file, e.g. out/drawn.npz")
     parser.add_argument("--captions", type=int, default=600)
     parser.add_argument("--n", type=int, default=6, help="pictures a caption (%(default)s)")
-    parser.add_argument("--temperature", type=float, default=1.0, help="warmer than usual, to see more mistakes")
-    parser.add_argument("--guidance", type=float, default=1.5)
+    parser.add_argument("--temperature", type=float, default=0.9, help="warmer than usual, to see more mistakes")
+    parser.add_argument("--guidance", type=float, default=1.0)
     parser.add_argument("--device", default="auto")
     args = parser.parse_args()
     drawn = read(args.out) if args.out.exists() else []

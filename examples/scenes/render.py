@@ -239,26 +239,32 @@ def layout(scene: Scene, rng: np.random.Generator) -> tuple[str, list[Placed]]:
         shade = 1.0 if piece.shape == "cube" else shades[index]
         return Placed(block_sprite(piece.shape, cells), row, column, {"fill": piece.colour}, shade)
 
+    def even(low: int, high: int) -> int:
+        """Of even numbers. Blocks stand on every second cell, and most have an even side: a square is plain, so nothing
+        but a count of cells tells a transformer where it ends."""
+        return 2 * between(low // 2, high // 2)
+
     if scene.arrangement == "left_of":
         a, b = (8, 10)[between(0, 1)], (8, 10)[between(0, 1)]
         return background, [
-            block(0, a, between(8, 14), between(1, 14 - a)),
-            block(1, b, between(8, 14), between(17, 30 - b)),
+            block(0, a, even(8, 14), even(2, 14 - a)),
+            block(1, b, even(8, 14), even(18, 30 - b)),
         ]
     if scene.arrangement == "on_top":
-        a, b = (8, 10)[between(0, 1)], (8, 10)[between(0, 1)]
-        row, middle = between(4, 8), between(12, 20)
-        return background, [block(0, a, row, middle - a // 2), block(1, b, row + a, middle - b // 2)]
+        a, b = (8, 12)[between(0, 1)], (8, 12)[between(0, 1)]
+        row, left = even(2, 6), even(6, 14)
+        return background, [block(0, a, row, left + 6 - a // 2), block(1, b, row + a, left + 6 - b // 2)]
     if scene.arrangement == "tower":
-        size = (7, 8)[between(0, 1)]
-        row, column = between(3, 5), between(8, 16)
+        size = (6, 8)[between(0, 1)]
+        row, column = even(2, 6), even(8, 16)
         return background, [block(i, size, row + i * size, column) for i in range(3)]
     size = 5 if scene.small else {1: (8, 10, 12)[between(0, 2)], 2: (8, 10)[between(0, 1)], 3: 8}[scene.count]
-    gap = between(1, 3 if scene.count < 3 else (30 - 3 * size) // 2 if scene.count == 3 and size > 5 else 2)
+    gap = 2 * between(0, 1) + 1 if size == 5 and scene.count < 4 else 2 - size % 2
     width = scene.count * size + (scene.count - 1) * gap
-    slack = (32 - width) // 2
-    row = (32 - size) // 2 + between(-4, 4)
-    column = (32 - width) // 2 + between(-min(4, slack - 1), min(4, slack - 1))
+    row = (32 - size) // 4 * 2 + even(-4, 4)
+    column = (32 - width) // 4 * 2
+    slack = min(4, column - 2)
+    column += even(-slack, slack)
     return background, [block(0, size, row, column + i * (size + gap)) for i in range(scene.count)]
 
 

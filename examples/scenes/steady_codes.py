@@ -5,9 +5,14 @@ forms are k-means centres of the same scenes painted in one canonical colour. Th
 fills in the colours. So a red triangle's slanted edge has the codes of every triangle's edge, and colour combinations
 never seen in training need no code of their own. 1455 different forms occur in the grammar; a vocabulary of 512 keeps
 471 of them apart.
+
+The codebook is a file beside this one, codebook.npz: its numbers are what the dVAE and the transformer were trained with
+and must outlive any change of the layouts. `Codebook.build` made it.
 """
 
 from __future__ import annotations
+
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -16,6 +21,7 @@ from . import render
 from .grammar import COLOURS, GARMENTS, sample_scene
 
 _CANONICAL = {"background": (158, 204, 255), "fill": (255, 0, 0)}
+CODEBOOK = Path(__file__).with_name("codebook.npz")
 _FLAT = 8 / 255  # a cell whose channels vary less than this is plain
 
 
@@ -66,6 +72,18 @@ class Codebook:
         weight = np.sqrt([counts[key] for key in sorted(counts)])
         table = np.array(plain_colours(), np.float32) / 255
         return cls(table, _k_means(patches, weight, vocab - len(table), rng))
+
+    @classmethod
+    def load(cls, path: Path = CODEBOOK) -> Codebook:
+        with np.load(path) as file:
+            return cls(file["colours"].astype(np.float32) / 255, file["forms"].astype(np.float32))
+
+    def save(self, path: Path) -> None:
+        """Colours in 0..255 and forms in 0..1, at half precision."""
+        np.savez_compressed(path, colours=(self.colours * 255).astype(np.float16), forms=self.forms.astype(np.float16))
+
+    def __len__(self) -> int:
+        return len(self.colours) + len(self.forms)
 
     def label(self, background: str, placed: list[render.Placed]) -> np.ndarray:
         """[1024] int64 codes of a scene as laid out by render.layout, whose sprites never share a cell."""

@@ -1,11 +1,11 @@
 """Trains the bundled CLIP on rendered scenes; resumes from its checkpoint.
 
 `python -m examples.scenes.train_clip --help`. A CLIPModel of the transformers library learns by contrast in batches made
-of hard cases: each scene comes with one that differs in one attribute, and with a damaged picture, which teaches that a
-damaged picture is worth less: one that the model drew and the checker refused (`--drawn`, from draw_for_clip.py), or one
-spliced from the two scenes. While it trains, linear heads on both embeddings also name
-the scene's attributes; that is much faster learnt than contrast alone, and puts both towers into one space. The heads are
-thrown away. Combinations held out from the transformer are held out here too.
+of hard cases: each scene comes with one that differs in one attribute, and with damaged pictures, which teach that a
+damaged picture is worth less: ones that the model drew and the checker refused (`--drawn`, from draw_for_clip.py), ones whose
+proportions were spoilt, or ones spliced from the two scenes. While it trains, linear heads on both embeddings also name the
+scene's attributes; that is much faster learnt than contrast alone, and puts both towers into one space. The heads are thrown
+away. Combinations held out from the transformer are held out here too.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from transformers import CLIPConfig, CLIPModel, PreTrainedTokenizerFast
 
 from dalle_fast.ranking import MEAN, STD
 
-from . import draw_for_clip, render
+from . import checker, draw_for_clip, render
 from .data import seed_everything
 from .draw_for_clip import Drawn
 from .grammar import (
@@ -45,6 +45,7 @@ from .grammar import (
 SIZE, CAPTION_LEN = 128, 32
 SAVE_EVERY = 200
 DRAWN_SHARE = 0.6  # of a batch's scenes, if there are drawn pictures
+DAMAGED = 2  # pictures a scene
 ARRANGEMENTS = ("group", "left_of", "on_top", "tower")
 SHAPES = tuple(dict.fromkeys(BLOCK_SHAPES + CLOCK_SHAPES))
 # Attributes that the heads name, and how many values each has.
@@ -138,15 +139,37 @@ def splice(a: np.ndarray, b: np.ndarray, rng: np.random.Generator) -> np.ndarray
     return mixed
 
 
-def _any_of(pictures: np.ndarray, rng: np.random.Generator) -> np.ndarray | None:
-    return pictures[int(rng.integers(len(pictures)))] if len(pictures) else None
+def stretch(a: np.ndarray, scene: Scene, rng: np.random.Generator) -> np.ndarray | None:
+    """`a` with one or two rows (or columns) of cells too many or too few in its middle: what it shows has wrong proportions,
+    as in most pictures that a transformer gets wrong. None if the checker sees nothing wrong with it.
+    """
+    axis, count, more = int(rng.integers(2)), render.CELL * int(rng.integers(1, 3)), rng.random() < 0.5
+    at = render.CELL * int(rng.integers(9, 23))
+    head, tail = np.split(a, [at], axis)
+    if more:
+        band, tail = np.take(head, range(at - count, at), axis), np.split(tail, [tail.shape[axis] - count], axis)[0]
+    else:
+        band, tail = np.repeat(np.take(a, [-1], axis), count, axis), np.split(tail, [count], axis)[1]
+    mixed = np.concatenate([head, band, tail] if more else [head, tail, band], axis)
+    return None if all(checker.check(mixed, scene).values()) else mixed
+
+
+def shifted(picture: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """`picture` moved by up to four cells each way, where nothing but background leaves it (and comes back opposite)."""
+    for axis in range(2):
+        by = 2 * render.CELL * int(rng.integers(-2, 3))
+        leaving = np.take(picture, range(-by, 0) if by > 0 else range(-by), axis)
+        if by and np.ptp(leaving.reshape(-1, 3), axis=0).max() <= 24:
+            picture = np.roll(picture, by, axis)
+    return picture
 
 
 class Batch:
     """The batch of one step, which depends on the seed, the step and the drawn pictures alone.
 
-    pixels [3g, 3, 128, 128]: g scenes, g that differ in one attribute, g damaged; texts 2g; fits [3g, 2g] bool;
-    attributes [2g, heads] int64. Of the g scenes DRAWN_SHARE are drawn ones, shown by an exact picture if there is one.
+    pixels [(2 + DAMAGED)g, 3, 128, 128]: g scenes, g that differ in one attribute, then DAMAGED times g damaged; texts 2g;
+    fits [(2 + DAMAGED)g, 2g] bool; attributes [2g, heads] int64. Of the g scenes DRAWN_SHARE are drawn ones, shown by an
+    exact picture if there is one; drawn pictures are shifted.
     """
 
     def __init__(self, step: int, groups: int, seed: int, drawn: list[Drawn]) -> None:
@@ -155,26 +178,39 @@ class Batch:
             drawn[int(rng.integers(len(drawn)))] if drawn and rng.random() < DRAWN_SHARE else None
             for _ in range(groups)
         ]
-        scenes, changed, damaged = [d.scene if d else sample_scene(rng) for d in chosen], [], []
+        scenes, changed = [d.scene if d else sample_scene(rng) for d in chosen], []
         for scene in scenes:
             others = [other for other in one_attribute_changed(scene) if not is_held_out(other)]
             changed.append(others[int(rng.integers(len(others)))])
         shown = scenes + changed
         pictures = [render.render(scene, rng) for scene in shown]
+        damaged: list[list[np.ndarray]] = []
         for i, d in enumerate(chosen):
-            good, bad = (_any_of(d.pictures[d.exact == right], rng) if d else None for right in (True, False))
-            pictures[i] = pictures[i] if good is None else good
-            damaged.append(splice(pictures[i], pictures[groups + i], rng) if bad is None else bad)
-        self.pixels = pixels(pictures + damaged)
+            refused = []
+            if d is not None:
+                good = d.pictures[d.exact]
+                if len(good):
+                    pictures[i] = shifted(good[int(rng.integers(len(good)))], rng)
+                refused = [shifted(picture, rng) for picture in rng.permutation(d.pictures[~d.exact])[:DAMAGED]]
+            damaged.append(refused + [damage(pictures, i, scenes, rng) for _ in range(DAMAGED - len(refused))])
+        flat = [pair[k] for k in range(DAMAGED) for pair in damaged]
+        self.pixels = pixels(pictures + flat)
         self.texts = [sample_caption(scene, rng) for scene in shown]
         self.fits = torch.tensor([[fits(a, b) for b in shown] for a in shown])
         # A splice that left the objects as they were would fit after all: it counts for no caption of its two scenes.
         maybe = self.fits[:groups] | self.fits[groups:]
-        self.fits = torch.cat([self.fits, maybe & ~torch.eye(2 * groups, dtype=torch.bool)[:groups]])
-        for i, (a, picture) in enumerate(zip(pictures[:groups], damaged, strict=True)):
-            if np.abs(picture.astype(int) - a).mean() < 1.0:
-                self.fits[2 * groups + i, i] = True
+        maybe &= ~torch.eye(2 * groups, dtype=torch.bool)[:groups]
+        self.fits = torch.cat([self.fits, *[maybe] * DAMAGED])
+        for j, picture in enumerate(flat):
+            if np.abs(picture.astype(int) - pictures[j % groups]).mean() < 1.0:
+                self.fits[2 * groups + j, j % groups] = True
         self.attributes = torch.tensor([attributes(scene) for scene in shown])
+
+
+def damage(pictures: list[np.ndarray], i: int, scenes: list[Scene], rng: np.random.Generator) -> np.ndarray:
+    """Picture `i` with its proportions spoilt, or spliced with that of the scene that differs in one attribute."""
+    spoilt = stretch(pictures[i], scenes[i], rng) if rng.random() < 0.7 else None
+    return splice(pictures[i], pictures[len(scenes) + i], rng) if spoilt is None else spoilt
 
 
 class Training(nn.Module):
@@ -256,7 +292,7 @@ def main() -> None:
     parser.add_argument("--init", type=Path, help="a trained CLIP folder to go on from, if there is no checkpoint yet")
     parser.add_argument("--drawn", type=Path, help="pictures of a trained model, from draw_for_clip.py")
     parser.add_argument("--steps", type=int, default=2000)
-    parser.add_argument("--groups", type=int, default=32, help="scenes a step; each gives three pictures")
+    parser.add_argument("--groups", type=int, default=24, help="scenes a step; each gives four pictures")
     parser.add_argument("--width", type=int, default=192)
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--text-layers", type=int, default=2)
@@ -273,6 +309,8 @@ def main() -> None:
     if args.init:
         clip.load_state_dict(CLIPModel.from_pretrained(str(args.init)).state_dict())
     model = Training(clip, args.width)
+    if args.init and (args.init / "training.pt").exists():  # the heads too
+        model.load_state_dict(torch.load(args.init / "training.pt", map_location="cpu", weights_only=True)["model"])
     matrices = [p for name, p in model.clip.named_parameters() if p.ndim == 2 and ".layers." in name]
     chosen = {id(p) for p in matrices}
     rest = [p for p in model.parameters() if id(p) not in chosen]

@@ -242,7 +242,7 @@ def main() -> None:
     if state:
         for (optimizer, _), saved in zip(training.optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(saved)
-    codebook = Codebook.build(512)
+    codebook = Codebook.load()
     if rank == 0:
         count = sum(p.numel() for p in model.parameters())
         print(f"{count} parameters, from step {step} to {args.steps}, {world} processes", flush=True)
