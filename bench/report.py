@@ -161,7 +161,9 @@ def figure(expression: str, results: list[Data]) -> str:
     """The number that an expression of a document stands for, from the newest results that have its cases. Raises
     ValueError if none has."""
     left, _, right = (part.strip() for part in expression.partition(" / "))
-    name, _, entry = left.partition(" ")
+    test = re.match(r"\w*(\[.*\])?", left)  # parameters may hold spaces
+    name = test[0] if test else left
+    entry = left[len(name) :].strip()
     for data in reversed(results):
         cases = {test.split("::")[-1]: record for test, record in data["cases"].items()}
         one, other = cases.get(name, {}), cases.get(right, {})
