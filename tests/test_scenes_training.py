@@ -121,10 +121,18 @@ def test_drawn_pictures(monkeypatch, tmp_path) -> None:
 def drawn(tmp_path) -> Path:
     """One exact and one wrong picture of each of two scenes, in a file as draw_for_clip writes it."""
     rng = np.random.default_rng(0)
-    scenes = [draw_for_clip.question(i)[0] for i in range(2)]
+    scenes, captions = zip(*[draw_for_clip.question(i) for i in range(2)], strict=True)
     pictures = [[render.render(s, rng), render.render(grammar.one_attribute_changed(s)[0], rng)] for s in scenes]
-    np.savez(tmp_path / "drawn.npz", pictures=np.array(pictures), exact=np.array([[True, False]] * 2))
+    np.savez(
+        tmp_path / "drawn.npz", pictures=np.array(pictures), exact=np.array([[True, False]] * 2), captions=captions
+    )
     return tmp_path / "drawn.npz"
+
+
+def test_drawn_pictures_of_other_captions_are_refused(monkeypatch, drawn) -> None:
+    monkeypatch.setattr(draw_for_clip, "SHARES", (0.0, 0.0, 1.0))
+    with pytest.raises(ValueError, match=r"drawn\.npz with other captions"):
+        draw_for_clip.read(drawn)
 
 
 def test_clip_learns_from_drawn_pictures(monkeypatch, drawn) -> None:
@@ -162,5 +170,16 @@ def test_clip(monkeypatch, tmp_path, drawn, with_drawn) -> None:
     run(monkeypatch, train_clip, tmp_path / "a", options)
     run(monkeypatch, train_clip, tmp_path / "b", options, (train_clip, "Batch", 4))
     a, b = (torch.load(tmp_path / name / "training.pt", weights_only=True)["model"] for name in "ab")
+    for name, tensor in a.items():
+        assert torch.equal(tensor, b[name]), name
+
+
+def test_clip_goes_on_from_another_with_its_heads(monkeypatch, tmp_path) -> None:
+    options = "--steps 1 --groups 3 --width 64 --layers 1 --text-layers 1 --patch 32"
+    monkeypatch.setattr(train_clip, "quality", lambda *args: {})
+    run(monkeypatch, train_clip, tmp_path / "a", options)
+    run(monkeypatch, train_clip, tmp_path / "b", f"{options} --init {tmp_path / 'a'} --seed 1 --lr 0 --matrix-lr 0")
+    a, b = (torch.load(tmp_path / name / "training.pt", weights_only=True)["model"] for name in "ab")
+    assert any(name.startswith("heads") for name in a)
     for name, tensor in a.items():
         assert torch.equal(tensor, b[name]), name

@@ -41,10 +41,13 @@ def question(i: int) -> tuple[Scene, str]:
 
 
 def read(path: Path) -> list[Drawn]:
-    """What `main` wrote."""
+    """What `main` wrote. Raises ValueError if the captions were others then: a change of the grammar or of SHARES."""
     with np.load(path) as file:
-        pictures, exact = file["pictures"], file["exact"]
-    return [Drawn(question(i)[0], p, e) for i, (p, e) in enumerate(zip(pictures, exact, strict=True))]
+        pictures, exact, captions = file["pictures"], file["exact"], file["captions"]
+    asked = [question(i) for i in range(len(captions))]
+    if [caption for _, caption in asked] != captions.tolist():
+        raise ValueError(f"got {path} with other captions than this grammar's, expected it to be drawn anew")
+    return [Drawn(scene, p, e) for (scene, _), p, e in zip(asked, pictures, exact, strict=True)]
 
 
 def main() -> None:
@@ -69,7 +72,8 @@ def main() -> None:
         if (i + 1) % SAVE_EVERY == 0 or i + 1 == args.captions:
             args.out.parent.mkdir(parents=True, exist_ok=True)
             part = args.out.with_suffix(".tmp.npz")
-            np.savez_compressed(part, pictures=np.stack(pictures), exact=np.stack(exact))
+            captions = np.array([question(j)[1] for j in range(i + 1)])
+            np.savez_compressed(part, pictures=np.stack(pictures), exact=np.stack(exact), captions=captions)
             os.replace(part, args.out)
     print(f"wrote {args.out}: {len(exact)} captions, {np.mean(exact):.1%} of their pictures exact")
 
