@@ -161,8 +161,7 @@ def figure(expression: str, results: list[Data]) -> str:
     """The number that an expression of a document stands for, from the newest results that have its cases. Raises
     ValueError if none has."""
     left, _, right = (part.strip() for part in expression.partition(" / "))
-    test = re.match(r"\w*(\[.*\])?", left)  # parameters may hold spaces
-    name = test[0] if test else left
+    name = left[: left.rfind("]") + 1] or left.partition(" ")[0]  # parameters may hold spaces
     entry = left[len(name) :].strip()
     for data in reversed(results):
         cases = {test.split("::")[-1]: record for test, record in data["cases"].items()}
