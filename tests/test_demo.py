@@ -16,10 +16,9 @@ sys.path.append(str(Path(__file__).resolve().parent.parent))  # examples/ is not
 from dalle_fast.pipeline import DEMO, Pipeline
 from dalle_fast.regions import Box
 from dalle_fast.sampling import SamplingSettings
-from examples.scenes import checker, evaluate, grammar, render, steady_codes
+from examples.scenes import checker, evaluate, grammar, pictures, render, steady_codes
 
-PICTURES = json.loads((Path(__file__).parent / "demo_pictures.json").read_text())
-README = Path(__file__).resolve().parent.parent / "README.md"
+PICTURES = json.loads(pictures.TOKENS.read_text())
 FILES = ("config.json", "model.safetensors", "tokenizer.json", "dvae.json", "dvae.safetensors", "clip/config.json")
 
 
@@ -44,7 +43,7 @@ def test_a_picture_of_the_readme_is_redrawn(pipeline, picture) -> None:
     settings = SamplingSettings(**picture["settings"])
     (drawn,) = pipeline.sample(picture["caption"], 1, settings, first=picture["candidate"])
     assert drawn.tokens.tolist() == picture["tokens"]
-    assert picture["command"] in README.read_text().splitlines()
+    assert picture["command"] in pictures.README.read_text().splitlines()
 
 
 def test_a_picture_of_the_readme_shows_its_caption(pipeline) -> None:
@@ -58,6 +57,27 @@ def test_a_picture_of_the_readme_shows_its_caption(pipeline) -> None:
         image = pipeline.decode(torch.tensor([picture["tokens"]]))[0]
         right = checker.check(np.asarray(image), said[picture["caption"]])
         assert all(right.values()), (picture["caption"], right)
+
+
+def test_every_command_samples_with_the_settings_that_were_measured() -> None:
+    root = pictures.ROOT
+    assert f"\nSAMPLING ?= {pictures.OPTIONS}\n" in (root / "Makefile").read_text()
+    assert f'dalle-fast sample "a red cube" {pictures.OPTIONS}\n' in pictures.README.read_text()
+    for name in ("best-of-32", "one-bfloat16", "one-int8", "one-int4"):
+        measured = json.loads((root / f"bench/results/scenes-{name}.json").read_text())["settings"]
+        assert SamplingSettings(**measured) == pictures.SETTINGS
+
+
+def test_the_codebook_is_the_one_that_the_weights_speak(pipeline) -> None:
+    """Labels of the shipped codebook, decoded, are the scene; and the encoder gives nearly the same."""
+    codebook = steady_codes.Codebook.load()
+    rng = np.random.default_rng(6)
+    for family in grammar.FAMILIES:
+        background, placed = render.layout(grammar.sample_scene(rng, family), rng)
+        pixels = torch.from_numpy(render.paint(background, placed)).permute(2, 0, 1)[None]
+        codes = torch.from_numpy(codebook.label(background, placed)).view(1, 32, 32)
+        assert -10 * float((pipeline.images.decode(codes) - pixels).square().mean().log10()) >= 30
+        assert float((pipeline.images.encode(pixels).view(1, 32, 32) == codes).float().mean()) >= 0.95
 
 
 def test_the_image_tokenizer_keeps_scenes(pipeline) -> None:
@@ -87,14 +107,14 @@ def test_clip_prefers_the_picture_of_the_caption(pipeline) -> None:
             if s.family != "clocks" or scene.hour or s.blocks != scene.blocks
         ]
         chosen = [scene, *(others[int(j)] for j in rng.permutation(len(others))[:7])]
-        pictures = [Image.fromarray(render.render(s, rng)) for s in chosen]
-        right.append(int(pipeline.ranker.scores(pictures, grammar.captions(scene)[0]).argmax()) == 0)
+        shown = [Image.fromarray(render.render(s, rng)) for s in chosen]
+        right.append(int(pipeline.ranker.scores(shown, grammar.captions(scene)[0]).argmax()) == 0)
     assert np.mean(right) >= 0.75, np.mean(right)
 
 
 def test_best_first(pipeline) -> None:
-    pictures = list(pipeline.sample("a red circle", 4, SamplingSettings(seed=3)))
-    ranked = pipeline.rank(pictures, keep=3)
+    drawn = list(pipeline.sample("a red circle", 4, SamplingSettings(seed=3)))
+    ranked = pipeline.rank(drawn, keep=3)
     scores = [picture.score for picture in ranked]
     assert len(ranked) == 3 and scores == sorted(scores, reverse=True)
 
@@ -102,9 +122,8 @@ def test_best_first(pipeline) -> None:
 def test_a_region_is_redrawn_and_the_rest_stays(pipeline) -> None:
     """The README's penguin from its belt down, under a caption with other pants: they change, all else stays."""
     before = torch.tensor(next(p["tokens"] for p in PICTURES if "penguin" in p["caption"]))
-    caption = "a penguin wearing a red hat, yellow gloves, a blue shirt and orange pants"
-    settings = SamplingSettings(temperature=0.6, top_p=0.95)
-    after = list(pipeline.regenerate(before, caption, [Box(0, 20, 32, 32)], 4, settings))
+    caption = pictures.REDRAWN.format("orange")
+    after = list(pipeline.regenerate(before, caption, [Box(0, 20, 32, 32)], 4, pictures.SETTINGS))
     for picture in after:
         assert torch.equal(picture.tokens[: 20 * 32], before[: 20 * 32])
     worn = {"hat": "red", "gloves": "yellow", "shirt": "blue", "pants": "orange"}

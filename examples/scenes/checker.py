@@ -21,7 +21,7 @@ from .grammar import BLOCK_SHAPES, CLOCK_SHAPES, COLOURS, GARMENTS, Scene
 UNCLEAR = "unclear"
 _BLACK, _PAPER, _BEAK, _GROUND = (len(COLOURS) + i for i in range(4))  # classes of pixels beside the eight colours
 _DEBRIS = 120  # px: a smaller area of one colour is no part (the smallest part, a small star, has 500)
-_SMALL_SIDE = 52  # px: between a small block's 40 and the others' 64 or more
+_SMALL_SIDE = 52  # px: in a group, between a small block's 40 and the others' 64 or more
 _LEAST_OVERLAP = 0.86  # of a part with the best outline; true parts have 0.95 and more, after a dVAE 0.92
 
 

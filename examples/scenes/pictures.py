@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 from pathlib import Path
@@ -22,7 +23,8 @@ from . import checker
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 FOLDER, TOKENS, README = ROOT / "docs/pictures", ROOT / "tests/demo_pictures.json", ROOT / "README.md"
-SETTINGS = SamplingSettings(temperature=0.6, top_p=0.95)
+SETTINGS = SamplingSettings(temperature=0.6, top_p=0.95)  # what suits the bundled weights; the Makefile has them too
+OPTIONS = f"--temperature {SETTINGS.temperature:g} --top-p {SETTINGS.top_p:g}"
 # File, caption, seed. CLIP's first choice of eight is kept.
 SHOWN = (
     ("penguin", "a penguin wearing a red hat, yellow gloves, a blue shirt and green pants", 0),
@@ -35,14 +37,13 @@ PANTS = ("orange", "purple", "red", "yellow")
 
 def draw(pipeline: Pipeline, name: str, caption: str, seed: int) -> dict:
     """Save the picture; its caption, command, settings, candidate and tokens."""
-    settings = SamplingSettings(SETTINGS.temperature, top_p=SETTINGS.top_p, seed=seed)
+    settings = dataclasses.replace(SETTINGS, seed=seed)
     best = pipeline.rank(list(pipeline.sample(caption, 8, settings)), keep=1)[0]
     best.image.save(FOLDER / f"{name}.png")
-    options = f"-n 8 --keep 1 --seed {seed} --temperature {settings.temperature:g} --top-p {settings.top_p:g}"
     return {
         "caption": caption,
-        "command": f'dalle-fast sample "{caption}" {options} --dtype float32',
-        "settings": {name: getattr(settings, name) for name in ("temperature", "top_k", "top_p", "seed")},
+        "command": f'dalle-fast sample "{caption}" -n 8 --keep 1 --seed {seed} {OPTIONS} --dtype float32',
+        "settings": dataclasses.asdict(settings),
         "candidate": best.candidate,
         "tokens": best.tokens.tolist(),
     }

@@ -7,7 +7,8 @@ never seen in training need no code of their own. 1455 different forms occur in 
 471 of them apart.
 
 The codebook is a file beside this one, codebook.npz: its numbers are what the dVAE and the transformer were trained with
-and must outlive any change of the layouts. `Codebook.build` made it.
+and must outlive any change of the layouts. `Codebook.build` made it from the layouts of that time; from today's it makes
+another, for which the dVAE and the transformer would have to be trained anew.
 """
 
 from __future__ import annotations
