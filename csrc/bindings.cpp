@@ -58,13 +58,17 @@ static void cuda_decode_attention(const std::vector<uintptr_t>& t, const std::ve
 }
 
 static void cuda_sample(const std::vector<uintptr_t>& t, const std::vector<int32_t>& n, float temperature, double top_p,
-                        uint64_t seed, const std::string& dtype, bool dependent_launch, uintptr_t stream) {
-  expect("tensors", t.size(), 4);
-  expect("sizes", n.size(), 3);
+                        float guidance_scale, uint64_t seed, const std::string& dtype, bool dependent_launch,
+                        uintptr_t stream) {
+  expect("tensors", t.size(), 10);
+  expect("sizes", n.size(), 8);
   dalle_fast::CudaSampleParams c{};
   c.call = {at<const void>(t[0]), at<const int64_t>(t[1]), at<const int64_t>(t[2]), at<int64_t>(t[3]), n[0], n[1], n[2],
             temperature, static_cast<float>(top_p), seed, float_type(dtype)};
-  c.top_p = top_p, c.dependent_launch = dependent_launch;
+  c.given = at<const int64_t>(t[4]), c.log_p = at<double>(t[5]), c.x = at<void>(t[6]);
+  c.table = at<const void>(t[7]), c.rows = at<const void>(t[8]), c.columns = at<const void>(t[9]);
+  c.dim = n[3], c.height = n[4], c.width = n[5], c.first_cell = n[6], c.first_place = n[7];
+  c.top_p = top_p, c.guidance_scale = guidance_scale, c.dependent_launch = dependent_launch;
   dalle_fast::launch_sample(c, at<void>(stream));
 }
 

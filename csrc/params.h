@@ -98,10 +98,21 @@ struct SampleParams {
   DType dtype;
 };
 
-// The same by CUDA; logits of float32, bfloat16 or float16.
+// The same by CUDA, as the end of a step; logits of float32, bfloat16 or float16, tables and x of the same type.
 struct CudaSampleParams {
-  SampleParams call;
-  double top_p;           // in full: the cut is exact
+  SampleParams call;     // of [batch, vocab] logits, or [2 batch, vocab] with guidance: the second half has no caption
+  double top_p;          // in full: the cut is exact
+  float guidance_scale;  // draws from without + scale (with - without); 1: no guidance
+  const int64_t* given;  // [batch]: the token where it is known, -1 where it is to be drawn; or null: all are
+  double* log_p;         // [batch] or null: log p of the tokens, with the caption, at temperature 1 and uncut
+  // The row that the next step starts from, of every row of logits: the token's, and those of its place. Or x is null.
+  void* x;              // [batch or 2 batch, dim]
+  const void* table;    // [vocab, dim]
+  const void* rows;     // [height, dim] or null
+  const void* columns;  // [width, dim] or null
+  int32_t dim, height, width;
+  int32_t first_cell;     // the token's index is *position - first_cell, and keys its noise
+  int32_t first_place;    // its place is its index + first_place; no x is written for one after the last
   bool dependent_launch;  // start before the previous kernel has ended: sm_90
 };
 // Throws std::runtime_error with the driver's words.

@@ -1,4 +1,5 @@
-// One token a row: argmax of logit / temperature + Gumbel noise over the top-k tokens, of those over the top-p set.
+// One token a row: argmax of logit / temperature + Gumbel noise over the top-k tokens, of those over the top-p set. As the end
+// of a step also what comes before and after: guidance, tokens that are known, log p, and the row that the next step starts from.
 //
 // A block holds a row's logits in shared memory. Both cuts are exact and come down to (level, last): a token stays if the
 // ordered integer image of its logit lies above the level, or equals it and the token is not after `last`. The level is found
@@ -13,10 +14,13 @@ constexpr int kThreads = 512, kWarps = kThreads / 32;
 constexpr int kDigit = 11, kBins = 1 << kDigit, kBinsEach = kBins / kThreads;
 constexpr float kOne = 1099511627776.f;  // 2^40: the largest probability in fixed point; 65536 of them fit 64 bits
 
-// Larger float, larger number; -0 and 0 are one, as they compare equal.
+// Larger float, larger number; -0 and 0 are one, as they compare equal. And back.
 __device__ __forceinline__ uint32_t ordered(float x) {
   const uint32_t bits = __float_as_uint(x + 0.f);
   return bits & 0x80000000u ? ~bits : bits | 0x80000000u;
+}
+__device__ __forceinline__ float from_ordered(uint32_t key) {
+  return __uint_as_float(key & 0x80000000u ? key ^ 0x80000000u : ~key);
 }
 
 struct Scratch {
@@ -35,6 +39,20 @@ __device__ __forceinline__ uint64_t block_max(uint64_t x, const Scratch& s) {
   for (int w = 0; w < kWarps; ++w) {
     const uint64_t other = s.sums[w];
     x = max(x, other);
+  }
+  return x;
+}
+
+__device__ __forceinline__ uint64_t block_sum(uint64_t x, const Scratch& s) {
+  x = warp_sum(x);
+  __syncthreads();
+  if (threadIdx.x % 32 == 0) s.sums[threadIdx.x / 32] = x;
+  __syncthreads();
+  x = 0;
+#pragma unroll
+  for (int w = 0; w < kWarps; ++w) {
+    const uint64_t part = s.sums[w];
+    x += part;
   }
   return x;
 }
@@ -113,24 +131,10 @@ __device__ __forceinline__ void philox(uint64_t seed, uint64_t candidate, uint32
   }
 }
 
-// grid (batch); logits [batch, vocab].
-template <class T>
-__global__ void __launch_bounds__(kThreads) sample_kernel(const __grid_constant__ CudaSampleParams c) {
+// The token of this block's row, of logits in shared memory of which `largest` is the largest: the same in all threads.
+__device__ __forceinline__ uint32_t draw(const CudaSampleParams& c, const shared<float>& logits, float largest, uint32_t position,
+                                         const Scratch& scratch) {
   const SampleParams& p = c.call;
-  shared<unsigned char> memory = dynamic_shared();
-  const shared<float> logits = carve<float>(memory, p.vocab);
-  const Scratch scratch{carve<uint32_t>(memory, kBins), carve<uint32_t>(memory, kBins), carve<uint64_t>(memory, kWarps + 3)};
-  wait_for_previous_kernel();
-  start_next_kernel();
-  const T* row = static_cast<const T*>(p.logits) + static_cast<int64_t>(blockIdx.x) * p.vocab;
-  uint32_t most = 0;
-  for (int t = threadIdx.x; t < p.vocab; t += kThreads) {
-    const float x = to_float(load(row + t));
-    logits[t] = x;
-    most = max(most, ordered(x));
-  }
-  const uint32_t peak = static_cast<uint32_t>(block_max(most, scratch));
-  const float largest = __uint_as_float(peak & 0x80000000u ? peak ^ 0x80000000u : ~peak);
   // Relative to the largest: neither choice nor probabilities change, and no temperature overflows.
   const auto scaled = [&](float x) { return (x - largest) / p.temperature; };
   const auto mass = [&](float x) { return static_cast<uint64_t>(expf(scaled(x)) * kOne); };
@@ -164,30 +168,18 @@ __global__ void __launch_bounds__(kThreads) sample_kernel(const __grid_constant_
     cut(found.level, k - found.above, found.at);
   }
   if (c.top_p < 1) {
-    // The whole mass is what lies at or above the lowest level: select finds it with the smallest key that has any.
     uint64_t total = 0;
     each([&](int t, float x, uint32_t key) { total += stays(t, key) ? mass(x) : 0; });
-    total = warp_sum(total);
-    __syncthreads();
-    if (threadIdx.x % 32 == 0) scratch.sums[threadIdx.x / 32] = total;
-    __syncthreads();
-    total = 0;
-#pragma unroll
-    for (int w = 0; w < kWarps; ++w) {
-      const uint64_t part = scratch.sums[w];
-      total += part;
-    }
+    total = block_sum(total, scratch);
     const uint64_t target = min(total, max(uint64_t{1}, static_cast<uint64_t>(ceil(c.top_p * static_cast<double>(total)))));
     const Selected found = select(scratch, target, [&](const auto& take) {
       each([&](int t, float x, uint32_t key) { take(key, stays(t, key) ? mass(x) : 0); });
     });
-    const float at_level = __uint_as_float(found.level & 0x80000000u ? found.level ^ 0x80000000u : ~found.level);
-    const uint64_t one = max(uint64_t{1}, mass(at_level));
+    const uint64_t one = max(uint64_t{1}, mass(from_ordered(found.level)));
     cut(found.level, (target - found.above + one - 1) / one, found.at / one);
   }
 
   const uint64_t candidate = static_cast<uint64_t>(load(p.candidates + blockIdx.x));
-  const uint32_t position = static_cast<uint32_t>(load(p.position));
   uint64_t best = 0;
   for (int block = threadIdx.x; 4 * block < p.vocab; block += kThreads) {
     uint32_t words[4];
@@ -206,7 +198,69 @@ __global__ void __launch_bounds__(kThreads) sample_kernel(const __grid_constant_
     }
   }
   best = block_max(best, scratch);
-  if (threadIdx.x == 0) store(p.tokens + blockIdx.x, static_cast<int64_t>(best ? ~static_cast<uint32_t>(best) : 0));
+  return best ? ~static_cast<uint32_t>(best) : 0;
+}
+
+// The next step's input: the token's row and those of its place, each sum rounded, as the model adds them.
+template <class T>
+__device__ __forceinline__ void embed(const CudaSampleParams& c, uint32_t token, int64_t place, bool guided) {
+  const bool placed = c.rows != nullptr;
+  if (placed && place >= int64_t{c.height} * c.width) return;
+  const T* of_token = static_cast<const T*>(c.table) + int64_t{token} * c.dim;
+  const T* of_row = static_cast<const T*>(c.rows) + (placed ? place / c.width * c.dim : 0);
+  const T* of_column = static_cast<const T*>(c.columns) + (placed ? place % c.width * c.dim : 0);
+  T* x = static_cast<T*>(c.x) + int64_t{blockIdx.x} * c.dim;
+  for (int i = threadIdx.x; i < c.dim; i += kThreads) {
+    T value = load(of_token + i);
+    if (placed) {
+      value = from_float<T>(to_float(value) + to_float(load(of_row + i)));
+      value = from_float<T>(to_float(value) + to_float(load(of_column + i)));
+    }
+    store(x + i, value);
+    if (guided) store(x + int64_t{c.call.batch} * c.dim + i, value);
+  }
+}
+
+// grid (batch). One block a multiprocessor is enough: registers are not to be saved.
+template <class T>
+__global__ void __launch_bounds__(kThreads, 1) sample_kernel(const __grid_constant__ CudaSampleParams c) {
+  const SampleParams& p = c.call;
+  shared<unsigned char> memory = dynamic_shared();
+  const shared<float> logits = carve<float>(memory, p.vocab);
+  const Scratch scratch{carve<uint32_t>(memory, kBins), carve<uint32_t>(memory, kBins), carve<uint64_t>(memory, kWarps + 3)};
+  wait_for_previous_kernel();
+  start_next_kernel();
+  const bool guided = c.guidance_scale != 1;
+  const T* row = static_cast<const T*>(p.logits) + static_cast<int64_t>(blockIdx.x) * p.vocab;
+  const T* uncaptioned = row + static_cast<int64_t>(p.batch) * p.vocab;
+  uint32_t most = 0, most_own = 0;
+  for (int t = threadIdx.x; t < p.vocab; t += kThreads) {
+    float x = to_float(load(row + t));
+    most_own = max(most_own, ordered(x));
+    if (guided) {
+      const float without = to_float(load(uncaptioned + t));
+      x = without + c.guidance_scale * (x - without);
+    }
+    logits[t] = x;
+    most = max(most, ordered(x));
+  }
+  const float largest = from_ordered(static_cast<uint32_t>(block_max(most, scratch)));
+
+  const int64_t index = load(p.position) - c.first_cell;
+  const int64_t given = c.given == nullptr ? -1 : load(c.given + blockIdx.x);
+  const uint32_t token =
+      given >= 0 ? static_cast<uint32_t>(given) : draw(c, logits, largest, static_cast<uint32_t>(index), scratch);
+  if (threadIdx.x == 0) store(p.tokens + blockIdx.x, int64_t{token});
+  if (c.log_p != nullptr) {
+    const float largest_own = from_ordered(static_cast<uint32_t>(block_max(most_own, scratch)));
+    uint64_t total = 0;
+    for (int t = threadIdx.x; t < p.vocab; t += kThreads)
+      total += static_cast<uint64_t>(expf(to_float(load(row + t)) - largest_own) * kOne);
+    total = block_sum(total, scratch);
+    const double own = static_cast<double>(to_float(load(row + token))) - static_cast<double>(largest_own);
+    if (threadIdx.x == 0) store(c.log_p + blockIdx.x, own - log(static_cast<double>(total) * 0x1p-40));
+  }
+  if (c.x != nullptr) embed<T>(c, token, index + c.first_place, guided);
 }
 
 template <class T>

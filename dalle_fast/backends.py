@@ -26,6 +26,7 @@ OPS = (
     "decode_attention",
     "decode_attention_fp8",
     "sample",
+    "draw",
     "skinny_linear",
 )
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from dalle_fast.backends import Call
+from dalle_fast.logits import ending_with
 from dalle_fast.masks import Mask
 from dalle_fast.quantize import Int4, Int8, Quantized, quantize
 
@@ -37,7 +38,7 @@ def kernels() -> Any:
 def why_not(call: Call) -> str | None:
     if call.device != "cpu":
         return f"it computes on the CPU, got tensors on {call.device}"
-    if call.dtype not in DTYPES and not (call.op == "sample" and call.dtype == torch.float16):
+    if call.dtype not in DTYPES and not (call.op in ("sample", "draw") and call.dtype == torch.float16):
         return f"it computes in float32 and bfloat16, got {str(call.dtype).removeprefix('torch.')}"
     if call.op == "skinny_linear":
         return "it multiplies by weights in its own order, a PackedLinear"
@@ -88,6 +89,9 @@ def sample(
         temperature, top_p, seed, torch.get_num_threads(),
     )  # fmt: skip
     return tokens
+
+
+draw = ending_with(sample)
 
 
 class PackedLinear:

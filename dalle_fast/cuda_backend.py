@@ -55,7 +55,7 @@ def why_not(call: Call) -> str | None:
 
 def unsupported(call: Call) -> str | None:
     """Why the kernels themselves do not serve the call, on any machine, or None."""
-    types = tuple(DTYPES) if call.op == "sample" else (torch.bfloat16, torch.float16)
+    types = tuple(DTYPES) if call.op in ("sample", "draw") else (torch.bfloat16, torch.float16)
     if call.dtype not in types:
         names = " and ".join(DTYPES[dtype] for dtype in types)
         return f"it computes in {names}, got {str(call.dtype).removeprefix('torch.')}"
@@ -205,20 +205,48 @@ def decode_attention_fp8(
 def sample(
     logits: Tensor, temperature: float, top_k: int, top_p: float, seed: int, candidates: Tensor, position: Tensor
 ) -> Tensor:  # fmt: skip
-    batch, vocab = logits.shape
+    tokens = torch.empty(len(logits), dtype=torch.int64, device=logits.device)
+    _sample(logits, temperature, top_k, top_p, 1.0, seed, candidates, position, tokens)
+    return tokens
+
+
+def draw(
+    logits: Tensor, temperature: float, top_k: int, top_p: float, guidance_scale: float, seed: int, candidates: Tensor,
+    given: Tensor, position: Tensor, first_cell: int, x: Tensor, table: Tensor, rows: Tensor | None,
+    columns: Tensor | None, first_place: int,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """One launch."""
+    tokens = torch.empty(len(candidates), dtype=torch.int64, device=logits.device)
+    log_p = torch.empty(len(candidates), dtype=torch.float64, device=logits.device)
+    kept, rest = x.contiguous(), (given.contiguous(), log_p)
+    tables = [None if of is None else of.contiguous() for of in (table, rows, columns)]
+    places = [0 if of is None else len(of) for of in (rows, columns)]
+    _sample(
+        logits, temperature, top_k, top_p, guidance_scale, seed, candidates, position, tokens, *rest, kept, *tables,
+        sizes=(table.shape[1], *places, first_cell, first_place),
+    )  # fmt: skip
+    if kept is not x:
+        x.copy_(kept)
+    return tokens, log_p
+
+
+def _sample(
+    logits: Tensor, temperature: float, top_k: int, top_p: float, guidance_scale: float, seed: int, candidates: Tensor,
+    position: Tensor, tokens: Tensor, *rest: Tensor | None, sizes: tuple[int, ...] = (0, 0, 0, 0, 0),
+) -> None:  # fmt: skip
+    """Fills tokens [N], and what csrc/params.h says of `rest`: given, log_p, x, table, rows, columns."""
+    batch, vocab = len(tokens), logits.shape[1]
     device = describe(logits.device)
     if vocab > MAX_VOCAB:
         raise ValueError(f"got {vocab} logits a row, expected at most {MAX_VOCAB} on the cuda backend")
     logits, candidates = logits.contiguous(), candidates.contiguous()
-    tokens = torch.empty(batch, dtype=torch.int64, device=logits.device)
+    tensors = (logits, candidates, position, tokens, *(rest or (None,) * 6))
     if batch:
         with on(logits):
             kernels().sample(
-                [x.data_ptr() for x in (logits, candidates, position, tokens)], [batch, vocab, top_k],
-                temperature, top_p, seed & 0xFFFFFFFFFFFFFFFF, DTYPES[logits.dtype], device.dependent_launch,
-                stream(logits),
+                [0 if of is None else of.data_ptr() for of in tensors], [batch, vocab, top_k, *sizes], temperature, top_p,
+                guidance_scale, seed & 0xFFFFFFFFFFFFFFFF, DTYPES[logits.dtype], device.dependent_launch, stream(logits),
             )  # fmt: skip
-    return tokens
 
 
 def skinny_linear(

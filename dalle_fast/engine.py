@@ -11,6 +11,7 @@ from torch import Tensor
 from dalle_fast import backends, onednn
 from dalle_fast.cache import Cache
 from dalle_fast.config import ModelConfig
+from dalle_fast.logits import at_least_float32
 from dalle_fast.model import DalleModel
 
 log = logging.getLogger(__name__)
@@ -54,11 +55,12 @@ class Engine(Protocol):
 
 
 class Drawn(NamedTuple):
-    """What a step that draws returns, N candidates. May be the engine's own buffers: they hold until its next step."""
+    """What a step that draws returns, N candidates. May be the engine's own buffers, which hold until its next step and are
+    not to be written to."""
 
     tokens: Tensor  # [N] int64
     log_p: Tensor  # [N] float64: log_probability of the tokens
-    logits: Tensor  # [B, image_vocab]: the model's own, before guidance and cuts
+    logits: Tensor  # [B, image_vocab] of any floating type: the model's own, before guidance and cuts
 
 
 @runtime_checkable
@@ -77,7 +79,7 @@ class DrawingEngine(Engine, Protocol):
         seed: int = 0,
         given: Tensor | None = None,
     ) -> Drawn:
-        """Feeds the token [B] of every sequence and draws the next one of every candidate [N] int64.
+        """Feeds the token of every candidate, [N] int64, and draws its next one; candidates [N] int64.
 
         N = B, or B / 2 with guidance, where the second half of the batch has the empty caption and both halves get the same
         tokens. given [N] int64: the next token where it is known, -1 where it is to be drawn. Other arguments as in
@@ -149,19 +151,9 @@ def check_fed(tokens: Tensor, batch: int) -> None:
 
 def check_draw(tokens: Tensor, candidates: Tensor, given: Tensor | None, guidance_scale: float, batch: int) -> None:
     """Raises ValueError unless DrawingEngine.sample of so many sequences can take these arguments."""
-    if tokens.ndim != 1:
-        raise ValueError(f"got tokens {list(tokens.shape)} {tokens.dtype}, expected [{batch}] int64")
-    check_fed(tokens[:, None], batch)
+    if not batch:
+        raise ValueError("got a step without a cache, expected prefill to come first")
     halves, why = (1, "") if guidance_scale == 1 else (2, f", half of the batch, with {guidance_scale=}")
-    for name, x in (("candidates", candidates), ("given", candidates if given is None else given)):
+    for name, x in (("tokens", tokens), ("candidates", candidates), ("given", candidates if given is None else given)):
         if x.ndim != 1 or len(x) * halves != batch or x.dtype != torch.int64:
             raise ValueError(f"got {name} {list(x.shape)} {x.dtype}, expected [{batch / halves:g}] int64{why}")
-
-
-def log_probability(logits: Tensor, tokens: Tensor) -> Tensor:
-    """The log-probability [N] of tokens [N] under logits [N, V], float64."""
-    return (logits.gather(1, tokens[:, None]).squeeze(1) - logits.logsumexp(1)).double()
-
-
-def at_least_float32(logits: Tensor) -> Tensor:
-    return logits if logits.dtype == torch.float64 else logits.float()

@@ -1,25 +1,28 @@
 """The engine for GPUs: one step is one CUDA graph, captured once and replayed for every position.
 
-What a step reads stands at fixed addresses: the tokens fed, the position (which the step itself moves on), the cache. The
-host never waits for the device; whoever reads the logits or the tokens decides when to.
+What a step reads stands at fixed addresses: the tokens fed, the position (which the step itself moves on), the cache. A step
+that draws leaves the embedding of its tokens, so that the next one starts with its first layer. The host never waits for the
+device; whoever reads the logits or the tokens decides when to.
 """
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from typing import Any, cast
+from typing import Any, Generic, NamedTuple, TypeVar, cast
 
 import torch
 from torch import Tensor
 
 from dalle_fast import backends, ops
 from dalle_fast.cache import Cache
-from dalle_fast.engine import Drawn, at_least_float32, check_draw, check_fed, log_probability
+from dalle_fast.engine import Drawn, check_draw, check_fed
+from dalle_fast.logits import at_least_float32
 from dalle_fast.model import DalleModel
 from dalle_fast.planning import plan_memory
 
 log = logging.getLogger(__name__)
+Result = TypeVar("Result")
 
 WARM_UP = 2  # runs before a capture: the first compiles kernels and lets libraries allocate their workspaces
 MAX_GRAPHS = (
@@ -63,13 +66,15 @@ class GraphEngine:
         self.capture = on_gpu if capture is None else capture
         self.cache: Cache | None = None
         self._free = free or (lambda: free_memory(weight.device)) if on_gpu or free else None
-        self._steps: dict[Any, _Step] = {}
+        self._steps: dict[DrawSettings | int, _Feed | _Draw] = {}
+        self._x: Tensor | None = None  # [B, d]: what a step that draws starts from
+        self._ahead: Tensor | None = None  # the tokens whose embedding stands there, if any
         # Graphs are replayed one after another, and what each returns stays alive: scratch may be common to all.
         self.pool = torch.cuda.graph_pool_handle() if self.capture else None
 
     @torch.inference_mode()
     def prefill(self, text: Tensor, candidates: int) -> Tensor:
-        weight = self.model.image_embedding.weight
+        weight, self._ahead = self.model.image_embedding.weight, None
         if self.cache is None or (self.cache.prompts, self.cache.batch) != (len(text), len(text) * candidates):
             self.cache = None  # before the new one is allocated: both might not fit
             self._steps.clear()
@@ -77,6 +82,7 @@ class GraphEngine:
                 self.config, len(text), candidates, chunk=self.chunk, dtype=weight.dtype, fp8_tails=self.fp8_tails,
                 device=weight.device,
             )  # fmt: skip
+            self._x = torch.empty(self.cache.batch, self.config.dim, dtype=weight.dtype, device=weight.device)
         with backends.use(self.backend):
             return at_least_float32(self.model.prefill(text.to(weight.device), self.cache))
 
@@ -86,14 +92,18 @@ class GraphEngine:
     @torch.inference_mode()
     def feed(self, tokens: Tensor) -> Tensor:
         check_fed(tokens, 0 if self.cache is None else self.cache.batch)
+        self._ahead = None
         for part in torch.split(tokens, self.chunk, dim=1):
-            logits = self._step(part.shape[1], None).run(part)[0]
+            logits = self._feeds(part.shape[1]).run(part)
         return logits
 
     @torch.inference_mode()
     def fork(self, candidates: int) -> None:
         self._steps.clear()  # the tails move
+        self._ahead = None
         self._cache().fork(candidates)
+        weight = self.model.image_embedding.weight
+        self._x = torch.empty(self._cache().batch, self.config.dim, dtype=weight.dtype, device=weight.device)
 
     def nbytes(self) -> int:
         return 0 if self.cache is None else self.cache.nbytes()
@@ -134,21 +144,34 @@ class GraphEngine:
         given: Tensor | None = None,
     ) -> Drawn:
         """As engine.DrawingEngine says, all in one graph. Other settings are another graph; other tokens, candidates,
-        positions and given tokens are not."""
+        positions and given tokens are not. Tokens other than the ones drawn last are embedded ahead of it."""
         check_draw(tokens, candidates, given, guidance_scale, 0 if self.cache is None else self.cache.batch)
         ops.check_sampling(temperature, top_k, top_p, self.config.image_vocab)
-        step = self._step(1, (temperature, top_k, top_p, guidance_scale, seed))
-        logits, drawn, log_p = step.run(tokens[:, None], candidates, given)
-        assert drawn is not None and log_p is not None
-        return Drawn(drawn, log_p, logits)
+        assert self._x is not None
+        if self._ahead is None or tokens.data_ptr() != self._ahead.data_ptr() or tokens.shape != self._ahead.shape:
+            x = self.model.embed_image(tokens[:, None], self._cache().position - self.config.first_cell)
+            self._x.view(-1, *x[:, 0].shape).copy_(x[:, 0])
+        self._ahead = None  # until the step has run
+        step = self._draws(DrawSettings(temperature, top_k, top_p, guidance_scale, seed), self._x)
+        drawn = step.run(candidates, given)
+        self._ahead = drawn.tokens
+        return drawn
 
-    def _step(self, n: int, settings: tuple[float, int, float, float, int] | None) -> _Step:
-        key = (n, settings)
-        if key not in self._steps:
-            while len(self._steps) >= MAX_GRAPHS:
-                self._steps.pop(next(iter(self._steps)))
-            self._steps[key] = _Step(self, n, settings)
-        return self._steps[key]
+    def _feeds(self, n: int) -> _Feed:
+        step = self._steps.get(n) or self._keep(n, _Feed(self, n))
+        assert isinstance(step, _Feed)
+        return step
+
+    def _draws(self, settings: DrawSettings, x: Tensor) -> _Draw:
+        step = self._steps.get(settings) or self._keep(settings, _Draw(self, settings, x))
+        assert isinstance(step, _Draw)
+        return step
+
+    def _keep(self, key: DrawSettings | int, step: _Feed | _Draw) -> _Feed | _Draw:
+        while len(self._steps) >= MAX_GRAPHS:
+            self._steps.pop(next(iter(self._steps)))
+        self._steps[key] = step
+        return step
 
     def _cache(self) -> Cache:
         if self.cache is None:
@@ -156,67 +179,104 @@ class GraphEngine:
         return self.cache
 
 
-_Result = tuple[Tensor, Tensor | None, Tensor | None]  # logits, and of a step that draws: tokens and their log p
+class DrawSettings(NamedTuple):
+    """What is fixed in a graph that draws."""
+
+    temperature: float
+    top_k: int
+    top_p: float
+    guidance_scale: float
+    seed: int
 
 
-class _Step:
-    """One graph and the addresses that it reads: n cells of every candidate, and the draw if there are settings."""
+class _Recorded(Generic[Result]):
+    """Work without a host synchronisation on a GPU, recorded as one graph; where nothing is captured it runs as it is, which
+    is also what tests do where there is no GPU. `moved`: what the work reads and overwrites, and must stand as it was when
+    the graph is first replayed."""
 
-    def __init__(self, engine: GraphEngine, n: int, settings: tuple[float, int, float, float, int] | None) -> None:
-        cache = engine._cache()
-        device = cache.position.device
-        self.engine, self.cache, self.settings = engine, cache, settings
-        count = cache.batch // (2 if settings is not None and settings[3] != 1 else 1)
-        self.tokens = torch.zeros(cache.batch, n, dtype=torch.int64, device=device)
-        self.candidates = torch.zeros(count, dtype=torch.int64, device=device)
-        self.given = torch.full((count,), -1, dtype=torch.int64, device=device)
+    def __init__(self, engine: GraphEngine, *moved: Tensor) -> None:
+        self.engine, self.cache = engine, engine._cache()
         self.graph: torch.cuda.CUDAGraph | None = None
-        self.result: _Result | None = None
-        if engine.capture:
-            self._record()
+        self.result: Result | None = None
+        self.moved = (self.cache.position, *moved)
 
-    def run(self, tokens: Tensor, candidates: Tensor | None = None, given: Tensor | None = None) -> _Result:
-        self.tokens.copy_(tokens, non_blocking=True)
-        if candidates is not None:
-            self.candidates.copy_(candidates, non_blocking=True)
-            self.given.fill_(-1) if given is None else self.given.copy_(given, non_blocking=True)
+    def work(self) -> Result:
+        raise NotImplementedError
+
+    def replay(self) -> Result:
+        if not self.engine.capture:
+            with backends.use(self.engine.backend):
+                return self.work()
         if self.graph is None:
-            return self._step()
+            self.record()
+        assert self.graph is not None and self.result is not None
         self.graph.replay()
-        assert self.result is not None
         return self.result
 
-    def _step(self) -> _Result:
-        """The work of one step, without a host synchronisation on a GPU; also what tests run where there is none."""
-        with backends.use(self.engine.backend):
-            logits = at_least_float32(self.engine.model.step(self.tokens, self.cache))
-            if self.settings is None:
-                return logits, None, None
-            temperature, top_k, top_p, guidance_scale, seed = self.settings
-            n = len(self.candidates)
-            mixed = torch.lerp(logits[n:], logits[:n], guidance_scale) if guidance_scale != 1 else logits
-            index = self.cache.position - self.engine.config.first_cell  # of the token that the logits predict
-            drawn = ops.sample(
-                mixed, self.candidates, index, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed
-            )
-            tokens = torch.where(self.given >= 0, self.given, drawn)
-            return logits, tokens, log_probability(logits[:n], tokens)
-
-    def _record(self) -> None:
+    def record(self) -> None:
         """Warms up on a side stream, then captures. The warm-up writes the slots of the current cells only, and the first
-        replay writes the very same ones again; the position is all that must be put back."""
-        position = self.cache.position.clone()
+        replay writes the very same ones again; what it moved on is all that must be put back."""
+        before = [x.clone() for x in self.moved]
+
+        def put_back() -> None:
+            for x, value in zip(self.moved, before, strict=True):
+                x.copy_(value)
+
         stream: Any = cast(Any, torch.cuda).Stream()
         stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
+        with torch.cuda.stream(stream), backends.use(self.engine.backend):
             for _ in range(WARM_UP):
-                self.cache.position.copy_(position)
-                self._step()
+                self.work()
+                put_back()
         torch.cuda.current_stream().wait_stream(stream)
-        self.cache.position.copy_(position)
         self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph, pool=self.engine.pool):  # records, and runs nothing
-            self.result = self._step()
+        with torch.cuda.graph(self.graph, pool=self.engine.pool), backends.use(self.engine.backend):
+            self.result = self.work()  # recorded, not run
+
+
+class _Feed(_Recorded[Tensor]):
+    """Appends n tokens of every sequence; gives the logits."""
+
+    def __init__(self, engine: GraphEngine, n: int) -> None:
+        super().__init__(engine)
+        self.tokens = torch.zeros(self.cache.batch, n, dtype=torch.int64, device=self.cache.position.device)
+
+    def run(self, tokens: Tensor) -> Tensor:
+        self.tokens.copy_(tokens, non_blocking=True)
+        return self.replay()
+
+    def work(self) -> Tensor:
+        return at_least_float32(self.engine.model.step(self.tokens, self.cache))
+
+
+class _Draw(_Recorded[Drawn]):
+    """Appends the tokens whose embedding stands in x [B, d], draws the next ones, and leaves theirs there."""
+
+    def __init__(self, engine: GraphEngine, settings: DrawSettings, x: Tensor) -> None:
+        super().__init__(engine, x)
+        self.settings, self.x = settings, x
+        count, device = self.cache.batch // (1 if settings.guidance_scale == 1 else 2), x.device
+        self.candidates = torch.zeros(count, dtype=torch.int64, device=device)
+        self.given = torch.full((count,), -1, dtype=torch.int64, device=device)
+        self.any_given = False
+
+    def run(self, candidates: Tensor, given: Tensor | None) -> Drawn:
+        self.candidates.copy_(candidates, non_blocking=True)
+        if given is not None:
+            self.given.copy_(given, non_blocking=True)
+        elif self.any_given:
+            self.given.fill_(-1)
+        self.any_given = given is not None
+        return self.replay()
+
+    def work(self) -> Drawn:
+        model = self.engine.model
+        logits = model.advance(self.x[:, None], self.cache)
+        tokens, log_p = ops.draw(
+            logits, self.candidates, self.given, self.cache.position, model.config.first_cell, self.x,
+            model.image_embedding_tables(), **self.settings._asdict(),
+        )  # fmt: skip
+        return Drawn(tokens, log_p, logits)
 
 
 def free_memory(device: torch.device) -> int:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from dalle_fast import weights
 from dalle_fast.cache import Cache
 from dalle_fast.config import ModelConfig
+from dalle_fast.ops import Embedding
 from dalle_fast.passes import FullPass, Pass, PrefixPass, StepPass
 from dalle_fast.weights import WeightFile
 
@@ -128,13 +129,24 @@ class DalleModel(nn.Module):
         x = self.start.expand(section.shape[0], 1, -1)
         return x + self.row_positions[0] + self.column_positions[0] if self.config.positions == "learned" else x
 
+    @property
+    def first_place(self) -> int:
+        """The place of image token 0. A learned start counts as a cell of its own: token j is read at cell j + 1 and takes
+        that cell's place."""
+        return int(self.config.start == "learned")
+
+    def image_embedding_tables(self) -> Embedding:
+        """embed_image as the op draw takes it."""
+        learned = self.config.positions == "learned"
+        rows, columns = (self.row_positions, self.column_positions) if learned else (None, None)
+        return Embedding(self.image_embedding.weight, rows, columns, self.first_place)
+
     def embed_image(self, tokens: Tensor, first: Tensor | int = 0) -> Tensor:
         """Image tokens first, first + 1, … [B, n] -> [B, n, d]."""
         x: Tensor = self.image_embedding(tokens)
         if self.config.positions != "learned":
             return x
-        # The learned start counts as a cell of its own: token j is read at cell j + 1 and takes that cell's place.
-        place = first + int(self.config.start == "learned") + torch.arange(tokens.shape[1], device=tokens.device)
+        place = first + self.first_place + torch.arange(tokens.shape[1], device=tokens.device)
         return x + self.row_positions[place // self.config.width] + self.column_positions[place % self.config.width]
 
     def image_logits(self, x: Tensor) -> Tensor:
@@ -207,13 +219,14 @@ class DalleModel(nn.Module):
         cache.position.zero_()
         if self.config.start == "none":
             return self.image_logits(x[:, -1]).repeat_interleave(group, dim=0)
-        return self._cells(self.embed_start(section).repeat_interleave(group, dim=0), cache)
+        return self.advance(self.embed_start(section).repeat_interleave(group, dim=0), cache)
 
     def step(self, tokens: Tensor, cache: Cache) -> Tensor:
         """Appends image tokens [B, n], n <= cache.chunk, and returns the logits of the next token, [B, image_vocab]."""
-        return self._cells(self.embed_image(tokens, cache.position - self.config.first_cell), cache)
+        return self.advance(self.embed_image(tokens, cache.position - self.config.first_cell), cache)
 
-    def _cells(self, x: Tensor, cache: Cache) -> Tensor:
+    def advance(self, x: Tensor, cache: Cache) -> Tensor:
+        """`step` from the embedded tokens [B, n, d]."""
         text_len, n = self.config.layout.text_len, x.shape[1]
         run = StepPass(cache, n, None)
         if self.rotary is not None:

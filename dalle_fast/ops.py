@@ -3,6 +3,7 @@
     sparse_attention   whole sequences, differentiable
     decode_attention   one or a few cells against prefix and tail, appending; inference only
     sample             logits -> tokens; inference only
+    draw               the end of a step around sample: guidance, known tokens, log p, the next step's input; inference only
 
 Masks are named by str(masks.Mask), so that an op's arguments stay plain and a backend can look up the tables it wants.
 """
@@ -10,7 +11,7 @@ Masks are named by str(masks.Mask), so that an op's arguments stay plain and a b
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -39,6 +40,12 @@ torch.library.define(
 torch.library.define(
     "dalle_fast::sample",
     "(Tensor logits, float temperature, int top_k, float top_p, int seed, Tensor candidates, Tensor position) -> Tensor",
+)
+torch.library.define(
+    "dalle_fast::draw",
+    "(Tensor logits, float temperature, int top_k, float top_p, float guidance_scale, int seed, Tensor candidates,"
+    " Tensor given, Tensor position, int first_cell, Tensor(a!) x, Tensor table, Tensor? rows, Tensor? columns,"
+    " int first_place) -> (Tensor, Tensor)",
 )
 
 
@@ -300,6 +307,77 @@ def _sample_fake(
     logits: Tensor, temperature: float, top_k: int, top_p: float, seed: int, candidates: Tensor, position: Tensor
 ) -> Tensor:
     return logits.new_empty(logits.shape[:1], dtype=torch.int64)
+
+
+class Embedding(NamedTuple):
+    """How a model turns image token j into the input of a step: table[token] + rows[p // W] + columns[p % W], p = j + first."""
+
+    table: Tensor  # [V, d]
+    rows: Tensor | None  # [H, d]; None: positions are no part of it
+    columns: Tensor | None  # [W, d]
+    first: int
+
+
+def draw(
+    logits: Tensor,
+    candidates: Tensor,
+    given: Tensor,
+    position: Tensor,
+    first_cell: int,
+    x: Tensor,
+    embedding: Embedding,
+    *,
+    temperature: float = 1.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    guidance_scale: float = 1.0,
+    seed: int = 0,
+) -> tuple[Tensor, Tensor]:
+    """All that follows the logits of image token j = position - first_cell, and all that precedes the next step's blocks.
+
+    logits [B, V]; candidates [N] int64; given [N] int64: the token where it is known, -1 where it is to be drawn as `sample`
+    does, from the logits or, with guidance, from without + guidance_scale * (with - without), where B = 2 N and the second
+    half has no caption. position: int64 tensor of one element. Fills x [B, d] with the tokens' embedding (where j is the last
+    cell there may be no place left: then x is not touched).
+    Returns tokens [N] int64 and log p of them [N] float64: at temperature 1, uncut, without guidance, in nats.
+    Raises ValueError for settings out of range or mismatched shapes and types.
+    """
+    _check_float("logits", logits, 2)
+    batch, vocab = logits.shape
+    check_sampling(temperature, top_k, top_p, vocab)
+    halves = 1 if guidance_scale == 1 else 2
+    for name, row in (("candidates", candidates), ("given", given)):
+        if row.ndim != 1 or len(row) * halves != batch or row.dtype != torch.int64:
+            raise ValueError(f"got {name} {list(row.shape)} {row.dtype}, expected [{batch / halves:g}] int64")
+    dim = embedding.table.shape[1]
+    for name, of, rows in (
+        ("x", x, batch),
+        ("table", embedding.table, vocab),
+        ("rows", embedding.rows, None),
+        ("columns", embedding.columns, None),
+    ):
+        if of is not None:
+            _check_kind(name, of, logits)
+            if of.ndim != 2 or of.shape[1] != dim or rows not in (None, len(of)):
+                raise ValueError(f"got {name} {list(of.shape)}, expected [{rows or 'n'}, {dim}]")
+    if (embedding.rows is None) != (embedding.columns is None):
+        raise ValueError("got rows or columns alone, expected both or neither")
+    tokens, log_p = torch.ops.dalle_fast.draw(
+        logits, temperature, top_k, top_p, guidance_scale, seed, candidates, given, position, first_cell, x, *embedding
+    )
+    return tokens, log_p
+
+
+@torch.library.impl("dalle_fast::draw", "default")
+def _draw(logits: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
+    tokens, log_p = _backend("draw", logits).draw(logits, *args)
+    return tokens, log_p
+
+
+@torch.library.register_fake("dalle_fast::draw")  # type: ignore[untyped-decorator]
+def _draw_fake(logits: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
+    candidates: Tensor = args[5]
+    return torch.empty_like(candidates), torch.empty_like(candidates, dtype=torch.float64)
 
 
 # Checks shared by the ops.

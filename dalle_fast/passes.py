@@ -3,6 +3,7 @@ prefix, and over the next cells against the cache. A block only sees `attend`, `
 
 from __future__ import annotations
 
+from functools import cached_property
 from typing import Protocol
 
 import torch
@@ -56,9 +57,13 @@ class StepPass:
     """The next n cells of every candidate, appended to the cache. The caller moves cache.position on afterwards."""
 
     def __init__(self, cache: Cache, n: int, rotary: Tensor | None) -> None:
-        self.cache, self.rotary = cache, rotary
-        self.cells = cache.position + torch.arange(n, device=cache.position.device)  # [n]
+        self.cache, self.n, self.rotary = cache, n, rotary
         self._places: tuple[Tensor, ...] | None = None
+
+    @cached_property
+    def cells(self) -> Tensor:
+        """[n]; asked for by models with rotary angles or shifted tokens only."""
+        return self.cache.position + torch.arange(self.n, device=self.cache.position.device)
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         c = self.cache

@@ -196,3 +196,22 @@ def sample(
         )
         tokens.append(int(score.argmax()))
     return torch.tensor(tokens, dtype=torch.int64, device=logits.device)
+
+
+def draw(
+    logits: Tensor, temperature: float, top_k: int, top_p: float, guidance_scale: float, seed: int, candidates: Tensor,
+    given: Tensor, position: Tensor, first_cell: int, x: Tensor, table: Tensor, rows: Tensor | None, columns: Tensor | None,
+    first_place: int,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """ops.draw says what: fills x, returns (tokens [N], log p of them [N] float64)."""
+    own, others, index = logits[: len(candidates)].double(), logits[len(candidates) :].double(), position - first_cell
+    mixed = own if guidance_scale == 1 else others + guidance_scale * (own - others)
+    tokens = torch.where(given >= 0, given, sample(mixed, temperature, top_k, top_p, seed, candidates, index))
+    log_p = own.log_softmax(-1).gather(1, tokens[:, None])[:, 0]
+    values, place = table[tokens], int(index) + first_place
+    if rows is not None and columns is not None:
+        if place >= len(rows) * len(columns):
+            return tokens, log_p
+        values = values + rows[place // len(columns)] + columns[place % len(columns)]
+    x.copy_(values.repeat(len(x) // len(values), 1))
+    return tokens, log_p

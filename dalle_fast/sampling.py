@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from dalle_fast import backends, ops
-from dalle_fast.engine import DrawingEngine, Engine, log_probability
+from dalle_fast.engine import DrawingEngine, Engine
+from dalle_fast.logits import log_probability
 from dalle_fast.planning import even_waves, halving
 
 DEFAULT_WAVE = 8
@@ -102,14 +103,14 @@ def draw(
             continue
         if waiting:  # the last token drawn and the known ones after it, at once
             last = torch.cat(waiting, dim=1) if len(waiting) > 1 else waiting[0]
-            last = torch.cat([last, last]) if guided else last  # [B, k]
+            both = torch.cat([last, last]) if guided else last  # [B, k]
             if isinstance(engine, DrawingEngine):
                 if last.shape[1] > 1:
-                    engine.feed(last[:, :-1])
+                    engine.feed(both[:, :-1])
                 forced = None if host[j] < 0 else given[j].expand(n)
                 ahead = engine.sample(last[:, -1], candidates, given=forced, **how)
             else:
-                logits = engine.feed(last)
+                logits = engine.feed(both)
         if ahead is not None:
             tokens, log_p = ahead.tokens, ahead.log_p
         else:

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dalle_fast.backends import Call
+from dalle_fast.logits import ending_with
 from dalle_fast.masks import Mask
 from dalle_fast.packing import Branch, PackedWeight
 from dalle_fast.reference import e4m3
@@ -382,3 +383,6 @@ def sample(
     score = (ordered + noise.gather(1, tokens)).masked_fill(~keep, -math.inf)
     best = score.max(-1, keepdim=True).values
     return tokens.masked_fill(score < best, vocab).min(-1).values  # ties: the lowest token
+
+
+draw = ending_with(sample)

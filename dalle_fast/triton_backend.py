@@ -22,6 +22,7 @@ from dalle_fast.kernels import decode_attention as decode_kernels
 from dalle_fast.kernels import sample as sample_kernels
 from dalle_fast.kernels import sparse_attention as sparse_kernels
 from dalle_fast.kernels.configs import Tile
+from dalle_fast.logits import ending_with
 from dalle_fast.masks import Mask
 
 LOG2_E = math.log2(math.e)
@@ -33,14 +34,14 @@ SPLIT_TARGET = 4  # programs a multiprocessor that a launch should have
 def why_not(call: Call) -> str | None:
     if call.dtype not in (torch.float16, torch.bfloat16, torch.float32):
         return f"it computes in float16, bfloat16 and float32, got {str(call.dtype).removeprefix('torch.')}"
-    if call.op != "sample" and call.head_dim not in configs.HEAD_DIMS:
+    if call.op not in ("sample", "draw") and call.head_dim not in configs.HEAD_DIMS:
         return f"it needs a head dim of {', '.join(map(str, configs.HEAD_DIMS))}, got {call.head_dim}"
     if call.device == "cpu":
         if not INTERPRETED:
             return "it computes on a GPU (on a CPU only with TRITON_INTERPRET=1, for tests), got tensors on cpu"
         if "triton" not in (backends._forced.get(), os.environ.get("DALLE_FAST_BACKEND")):
             return "on a CPU the Triton interpreter serves tests, and must be asked for by name"
-        if call.dtype == torch.bfloat16 and call.op != "sample":
+        if call.dtype == torch.bfloat16 and call.op not in ("sample", "draw"):
             return "the Triton interpreter multiplies bfloat16 matrices wrongly; use float16 or float32"
         return None
     if call.device != "cuda":
@@ -288,3 +289,6 @@ def sample(
             BLOCK=max(16, triton.next_power_of_2(vocab)), TOP_K=top_k > 0, TOP_P=top_p < 1, num_warps=tile.warps,
         )  # fmt: skip
     return tokens
+
+
+draw = ending_with(sample)

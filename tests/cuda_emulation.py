@@ -129,11 +129,15 @@ class Machine:
         copy = torch.frombuffer(memory, dtype=x.dtype).view(x.shape)
         return copy.copy_(x)
 
-    def __call__(self, function: Callable[..., Tensor], *args: Any, **options: Any) -> Tensor:
+    def __call__(self, function: Callable[..., Any], *args: Any, **options: Any) -> Any:
         """Tensors are given, returned and changed on the CPU."""
+
+        def each(result: Any, of: Callable[[Tensor], Tensor]) -> Any:
+            return tuple(map(of, result)) if isinstance(result, tuple) else of(result)
+
         if self.device == "cuda":
             moved = [x.cuda() if isinstance(x, Tensor) else x for x in args]
-            result = function(*moved, **options).cpu()
+            result = each(function(*moved, **options), Tensor.cpu)
         else:
             moved = [self.guard(x) if isinstance(x, Tensor) else x for x in args]
             reads = cuda_backend._reads
@@ -146,7 +150,7 @@ class Machine:
                 patch.object(torch, "empty", lambda *a, **o: self.guard(made["empty"](*a, **o))),
                 patch.object(torch, "zeros", lambda *a, **o: self.guard(made["zeros"](*a, **o))),
             ):
-                result = function(*moved, **options).clone()
+                result = each(function(*moved, **options), Tensor.clone)
             assert not any(x.any() for x in counters.of_stream.values()), "a kernel left its counters above zero"
         for given, now in zip(args, moved, strict=True):
             if isinstance(given, Tensor):

@@ -173,6 +173,6 @@ def test_draws_that_do_not_fit():
     with pytest.raises(
         ValueError, match=r"got candidates \[2\] torch.int64, expected \[1\] int64, .* guidance_scale=2.0"
     ):
-        engine.sample(tokens, torch.arange(2), guidance_scale=2.0)
+        engine.sample(tokens[:1], torch.arange(2), guidance_scale=2.0)
     with pytest.raises(ValueError, match="got top_k=33"):
         engine.sample(tokens, torch.arange(2), top_k=33)

@@ -1,5 +1,7 @@
 """The CUDA kernels, executed: on the CPU through tests/cuda_on_cpu, and on a GPU where there is one."""
 
+from functools import partial
+
 import pytest
 import torch
 from cuda_emulation import Machine, available, machines
@@ -7,7 +9,7 @@ from helpers import assert_close
 from test_decode_attention import inputs, plain_step
 from test_sample import CUTS
 
-from dalle_fast import cuda_backend, reference
+from dalle_fast import cuda_backend, reference, torch_backend
 from dalle_fast.backends import Call
 from dalle_fast.cuda_backend import Shape
 from dalle_fast.masks import Mask
@@ -187,6 +189,43 @@ def test_the_coldest_and_one_token(machine):
     minus = torch.full((2, 40), -torch.inf)
     minus[:, 7] = 1.0
     assert both(machine, minus, (30, 0.9, 1.0))[0].tolist() == [7, 7]
+
+
+@machines
+@pytest.mark.parametrize("guidance_scale", [1.0, 2.5])
+@pytest.mark.parametrize("positions", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, FP16, BF16], ids=str)
+def test_draw(machine, guidance_scale, positions, dtype):
+    """Also a token that is known, more channels than threads, and the last cell, after which no place is left."""
+    n, vocab, dim, (height, width) = 3, 301, 600, (5, 7)
+    batch = n if guidance_scale == 1 else 2 * n
+    for cell, top_k in ((1, 0), (17, 20), (35, 0)):
+        logits, table = (3 * torch.randn(batch, vocab)).to(dtype), torch.randn(vocab, dim).to(dtype)
+        rows, columns = (torch.randn(size, dim).to(dtype) if positions else None for size in (height, width))
+        given = torch.tensor([-1, vocab - 1, -1])
+        args = [
+            logits,
+            0.8,
+            top_k,
+            0.9,
+            guidance_scale,
+            2**63 + 5,
+            torch.arange(7, 7 + n),
+            given,
+            torch.tensor([cell]),
+            1,
+        ]
+        results = []
+        for run in (partial(machine, cuda_backend.draw), reference.draw, torch_backend.draw):
+            x = torch.zeros(batch, dim).to(dtype)
+            results.append((*run(*args, x, table, rows, columns, 1), x))
+        for tokens, log_p, x in results[:2]:
+            assert torch.equal(tokens, results[1][0]) and tokens[1] == vocab - 1
+            assert torch.allclose(log_p, results[1][1], atol=2e-6, rtol=0)
+            assert torch.equal(x, results[1][2]) and (positions and cell == 35) != bool(x.any())
+        assert torch.equal(results[2][0], results[1][0]) and torch.allclose(results[2][1], results[1][1], atol=1e-5)
+        if not (positions and cell == 35):
+            assert torch.equal(results[2][2], results[1][2])
 
 
 # the choice of the backend

@@ -8,8 +8,9 @@ from helpers import DEVICE
 
 from dalle_fast import ops
 from dalle_fast.config import STARTS, ModelConfig
-from dalle_fast.engine import TorchEngine, log_probability
+from dalle_fast.engine import TorchEngine
 from dalle_fast.graph_engine import GraphEngine
+from dalle_fast.logits import log_probability
 from dalle_fast.model import DalleModel
 from dalle_fast.planning import plan_memory
 from dalle_fast.sampling import SamplingSettings, default_wave, draw, sample
@@ -42,7 +43,7 @@ def test_logits_are_the_plain_engines(capture, start):
 @pytest.mark.parametrize("start", STARTS)
 @pytest.mark.parametrize("guidance_scale", [1.0, 2.5])
 def test_drawing_inside_the_step(capture, start, guidance_scale):
-    """Also with two prompts, and with tokens that are given in between."""
+    """Also with two prompts, with tokens that are given in between, and with others fed than the ones that it drew."""
     model, n = model_of(start=start), 3
     guided = guidance_scale != 1
     text = torch.randint(1, 64, (1, 16))
@@ -58,13 +59,44 @@ def test_drawing_inside_the_step(capture, start, guidance_scale):
         given = torch.full((n,), 7, device=DEVICE) if j in (4, 5) else None
         expected = expected if given is None else given
         if j:
+            if j in (1, 5, 6, 9):  # fed by value: the ones drawn, or others
+                fed = fed.clone()
             got = graph.sample(fed, candidates, guidance_scale=guidance_scale, given=given, **settings)
             assert torch.allclose(got.logits, logits, atol=1e-5)
             assert torch.equal(got.tokens, expected), j
             assert torch.allclose(got.log_p, log_probability(logits[:n], expected), atol=1e-5)
-        fed = torch.cat([expected, expected]) if guided else expected
+        fed = (torch.arange(n, device=DEVICE) if j == 8 else got.tokens) if j else expected
         if j < 15:
-            logits = plain.step(fed)
+            logits = plain.step(torch.cat([fed, fed]) if guided else fed)
+
+
+@pytest.mark.parametrize("capture", CAPTURE)
+def test_a_step_starts_where_the_last_one_ended(capture, monkeypatch):
+    """Tokens are embedded by the draw, and anew only where others are fed, or other steps came in between."""
+    model = model_of()
+    engine = GraphEngine(model, chunk=2, capture=capture)
+    embedded = []
+    embed = model.embed_image
+    monkeypatch.setattr(model, "embed_image", lambda tokens, *first: embedded.append(tokens) or embed(tokens, *first))
+    engine.prefill(torch.zeros(1, 16, dtype=torch.int64), 3)
+    tokens, candidates = torch.arange(3, device=DEVICE), torch.arange(3, device=DEVICE)
+
+    def draw(tokens, **settings):
+        before = len(embedded)
+        return engine.sample(tokens, candidates, **settings).tokens, len(embedded) - before
+
+    tokens, anew = draw(tokens)
+    assert anew == 1
+    for _ in range(3):
+        tokens, anew = draw(tokens)
+        assert anew == 0
+    tokens, anew = draw(tokens, temperature=0.5)  # another graph, which starts from the same place
+    assert anew == 0
+    tokens, anew = draw(tokens.clone())
+    assert anew == 1
+    engine.feed(tokens[:, None])
+    tokens, anew = draw(tokens)
+    assert anew == 1
 
 
 @pytest.mark.parametrize("capture", CAPTURE)
@@ -96,7 +128,9 @@ def test_what_it_refuses():
     with pytest.raises(
         ValueError, match=r"got candidates \[2\] torch.int64, expected \[1\] int64, .* guidance_scale=2.0"
     ):
-        engine.sample(torch.zeros(2, dtype=torch.int64), torch.arange(2), guidance_scale=2.0)
+        engine.sample(torch.zeros(1, dtype=torch.int64), torch.arange(2), guidance_scale=2.0)
+    with pytest.raises(ValueError, match=r"got tokens \[2\] torch.int64, expected \[1\] int64"):
+        engine.sample(torch.zeros(2, dtype=torch.int64), torch.arange(1), guidance_scale=2.0)
 
 
 KNOWN = {

@@ -112,6 +112,27 @@ def test_launches_of_a_layer(name, most):
     assert launches.names.count("dalle_fast::skinny_linear") == 4
 
 
+def test_launches_of_a_step():
+    """Outside the layers a step that draws is the head, the draw, and the position moving on."""
+    model = random_model()
+    engine = GraphEngine(PackedModel(model, kind="int8", dtype=torch.float32), capture=False)
+    engine.prefill(torch.ones(1, 16, dtype=torch.int64), 3)
+    drawn = engine.sample(torch.arange(3), torch.arange(3), top_p=0.9)
+    launches = Launches()
+    with launches:
+        engine.sample(drawn.tokens, torch.arange(3), top_p=0.9)
+    names = [name for name in launches.names if "empty" not in name and "fill_" not in name]  # conftest poisons
+    layer = ["skinny_linear", "decode_attention", "skinny_linear", "skinny_linear", "skinny_linear"]
+    ops = [*(layer * model.config.layers), "skinny_linear", "draw"]
+    assert [name.split("::")[1] for name in names if "dalle_fast" in name] == ops
+    rest = [name for name in names if "dalle_fast" not in name]
+    assert rest == [
+        "aten::arange",
+        "aten::copy_",
+        "aten::add_.Tensor",
+    ]  # the test's candidates, their copy, the position
+
+
 def test_many_rows_are_multiplied_in_parts_or_densely():
     model = random_model()
     packed = PackedModel(model, kind="bfloat16", dtype=torch.float32)

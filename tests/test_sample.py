@@ -64,3 +64,61 @@ def test_opcheck(backend):
     args = (torch.randn(2, 20, device=DEVICE), 1.0, 5, 0.9, 3, torch.arange(2, device=DEVICE))
     with backends.use(backend):
         torch.library.opcheck(torch.ops.dalle_fast.sample.default, (*args, torch.tensor([1], device=DEVICE)))
+
+
+def end_of_a_step(n=2, guided=True, vocab=20, dim=6):
+    """Arguments of ops.draw."""
+    logits = torch.randn(2 * n if guided else n, vocab, device=DEVICE)
+    table, rows, columns = (torch.randn(size, dim, device=DEVICE) for size in (vocab, 3, 4))
+    given = torch.full((n,), -1, device=DEVICE)
+    given[-1] = vocab - 1
+    x = torch.zeros(len(logits), dim, device=DEVICE)
+    position = torch.tensor([3], device=DEVICE)
+    return [logits, torch.arange(n, device=DEVICE), given, position, 1, x, ops.Embedding(table, rows, columns, 1)]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("guidance_scale", [1.0, 3.0])
+def test_the_end_of_a_step(backend, guidance_scale):
+    require(backend, "draw", torch.float32)
+    settings = {"temperature": 0.7, "top_k": 9, "top_p": 0.9, "seed": 2**40 + 1, "guidance_scale": guidance_scale}
+    args = end_of_a_step(n=5, guided=guidance_scale != 1)
+    results = []
+    for name in (backend, "reference"):
+        args[5].zero_()
+        with backends.use(name):
+            tokens, log_p = ops.draw(*args, **settings)
+        results.append((tokens, log_p.double(), args[5].clone()))
+    (tokens, log_p, x), expected = results
+    assert torch.equal(tokens, expected[0]) and torch.equal(x, expected[2]) and tokens[-1] == 19
+    assert torch.allclose(log_p, expected[1], atol=1e-5)
+    table, rows, columns, first = args[6]
+    assert first == 1 and torch.equal(x[:5], table[tokens] + rows[0] + columns[3])  # token 2 has place 3
+
+
+def test_ends_of_a_step_that_do_not_fit():
+    logits, candidates, given, position, first, x, embedding = end_of_a_step()
+    for changed, match in (
+        ([logits, candidates[:1], given], r"got candidates \[1\] torch.int64, expected \[2\] int64"),
+        ([logits, candidates, given.float()], r"got given \[2\] torch.float32, expected \[2\] int64"),
+    ):
+        with pytest.raises(ValueError, match=match):
+            ops.draw(*changed, position, first, x, embedding, guidance_scale=2.0)
+    args = (logits, candidates, given, position, first)
+    with pytest.raises(ValueError, match=r"got x \[3, 6\], expected \[4, 6\]"):
+        ops.draw(*args, x[:3], embedding, guidance_scale=2.0)
+    with pytest.raises(ValueError, match=r"got table torch.float64 on .*, expected torch.float32"):
+        ops.draw(*args, x, embedding._replace(table=embedding.table.double()), guidance_scale=2.0)
+    with pytest.raises(ValueError, match="got rows or columns alone"):
+        ops.draw(*args, x, embedding._replace(rows=None), guidance_scale=2.0)
+    with pytest.raises(ValueError, match=r"got candidates \[2\] torch.int64, expected \[4\] int64"):
+        ops.draw(*args, x, embedding)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_opcheck_of_draw(backend):
+    require(backend, "draw", torch.float32)
+    logits, candidates, given, position, first, x, embedding = end_of_a_step()
+    args = (logits, 1.0, 5, 0.9, 2.0, 3, candidates, given, position, first, x, *embedding)
+    with backends.use(backend):
+        torch.library.opcheck(torch.ops.dalle_fast.draw.default, args)
