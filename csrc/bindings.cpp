@@ -236,6 +236,17 @@ static void decode_attention(uintptr_t q, uintptr_t k, uintptr_t v, uintptr_t pr
   cpu::decode_attention(p, threads);
 }
 
+static void sparse_attention(const std::vector<uintptr_t>& t, const std::vector<int64_t>& strides,
+                             const std::vector<int32_t>& n, float scale, DType dtype, int threads) {
+  expect("tensors", t.size(), 7);
+  expect("strides", strides.size(), 6);
+  expect("sizes", n.size(), 6);
+  cpu::sparse_attention({at<const void>(t[0]), at<const void>(t[1]), at<const void>(t[2]),
+                         {strides[0], strides[1], strides[2]}, {strides[3], strides[4], strides[5]},
+                         at<void>(t[3]), at<float>(t[4]), at<const int32_t>(t[5]), at<const int32_t>(t[6]),
+                         n[0], n[1], n[2], n[3], n[4], n[5], scale, dtype}, threads);
+}
+
 static void sample(uintptr_t logits, uintptr_t candidates, int64_t position, uintptr_t tokens, int batch, int vocab,
                    int top_k, float temperature, float top_p, uint64_t seed, int threads) {
   cpu::sample({at<const void>(logits), at<const int64_t>(candidates), &position, at<int64_t>(tokens), batch, vocab,
@@ -314,6 +325,7 @@ static void register_cpu(py::module_ m) {
       .def_property_readonly("position", &cpu::Engine::position)
       .def_property_readonly("weight_bytes", &cpu::Engine::weight_bytes)
       .def_property_readonly("cache_bytes", &cpu::Engine::cache_bytes);
+  m.def("sparse_attention", &sparse_attention, release());
   m.def("decode_attention", &decode_attention, release());
   m.def("sample", &sample, release());
   m.def("skinny_linear", &skinny_linear, release());

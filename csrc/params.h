@@ -17,6 +17,21 @@ enum class Epilogue : int32_t {
   geglu = 3,      // y = value * gelu_erf(gate); W holds the value rows, then the gate rows: twice the outputs
 };
 
+// softmax(q k^T * scale) v over whole sequences: a text position sees the text up to itself, an image cell all text and its
+// neighbours. q, k, v [batch, heads, len, dim], the last dimension contiguous.
+struct SparseAttentionParams {
+  const void *q, *k, *v;
+  int64_t q_strides[3];            // of batch, heads and positions
+  int64_t kv_strides[3];
+  void* out;                       // [batch, heads, len, dim]
+  float* lse;                      // [batch, heads, len]: log-sum-exp of the scaled scores
+  const int32_t* neighbours;       // [cells, max_neighbours], of which a cell itself is one
+  const int32_t* neighbour_count;  // [cells]
+  int32_t batch, heads, len, text_len, dim, max_neighbours;
+  float scale;
+  DType dtype;
+};
+
 // softmax(q [prefix_k | tail_k]^T * scale) [prefix_v | tail_v], after q's own keys and values went into the tail.
 struct DecodeAttentionParams {
   const void* q;            // [batch, heads, cells_now, dim]

@@ -1,4 +1,5 @@
-"""The ops in C++ (csrc/cpu), for float32 and bfloat16 on a CPU. torch.set_num_threads decides how many threads they use."""
+"""The ops in C++ (csrc/cpu), without gradients, for float32 and bfloat16 on a CPU. torch.set_num_threads decides how many
+threads they use."""
 
 from __future__ import annotations
 
@@ -7,6 +8,7 @@ import math
 from functools import lru_cache
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -42,7 +44,7 @@ def why_not(call: Call) -> str | None:
         return f"it computes in float32 and bfloat16, got {str(call.dtype).removeprefix('torch.')}"
     if call.op == "skinny_linear":
         return "it multiplies by weights in its own order, a PackedLinear"
-    if call.op == "decode_attention" and not (call.head_dim % 16 == 0 and 16 <= call.head_dim <= 256):
+    if call.op.endswith("_attention") and not (call.head_dim % 16 == 0 and 16 <= call.head_dim <= 256):
         return f"it needs a head dim that is a multiple of 16 up to 256, got {call.head_dim}"
     return kernels_why_not()
 
@@ -50,6 +52,29 @@ def why_not(call: Call) -> str | None:
 @lru_cache(maxsize=64)
 def _tables(mask: str, slots: int) -> tuple[Tensor, Tensor, Tensor]:
     return tuple(torch.from_numpy(table.copy()) for table in Mask.parse(mask).decode_tables(slots))  # type: ignore[return-value]
+
+
+@lru_cache(maxsize=64)
+def _neighbours(mask: str) -> tuple[Tensor, Tensor]:
+    """[cells, most] and how many of them count, int32."""
+    cells, counts = Mask.parse(mask).neighbours()
+    return torch.from_numpy(cells.astype(np.int32)), torch.from_numpy(counts.astype(np.int32))
+
+
+def sparse_attention(q: Tensor, k: Tensor, v: Tensor, mask: str) -> tuple[Tensor, Tensor]:
+    batch, heads, length, dim = q.shape
+    cells, counts = _neighbours(mask)
+    q = q if q.stride(3) == 1 else q.contiguous()
+    if k.stride() != v.stride() or k.stride(3) != 1:
+        k, v = k.contiguous(), v.contiguous()
+    out, lse = torch.empty(q.shape, dtype=q.dtype), torch.empty(q.shape[:3])
+    module = kernels()
+    module.sparse_attention(
+        [x.data_ptr() for x in (q, k, v, out, lse, cells, counts)], [*q.stride()[:3], *k.stride()[:3]],
+        [batch, heads, length, Mask.parse(mask).layout.text_len, dim, cells.shape[1]], 1 / math.sqrt(dim),
+        getattr(module.DType, DTYPES[q.dtype]), torch.get_num_threads(),
+    )  # fmt: skip
+    return out, lse
 
 
 def decode_attention(

@@ -22,7 +22,9 @@ from dalle_fast.masks import Mask
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
-torch.library.define("dalle_fast::sparse_attention", "(Tensor q, Tensor k, Tensor v, str mask) -> (Tensor, Tensor)")
+torch.library.define(
+    "dalle_fast::sparse_attention", "(Tensor q, Tensor k, Tensor v, str mask, bool gradient) -> (Tensor, Tensor)"
+)
 torch.library.define(
     "dalle_fast::sparse_attention_backward",
     "(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, str mask) -> (Tensor, Tensor, Tensor)",
@@ -63,7 +65,8 @@ def sparse_attention(q: Tensor, k: Tensor, v: Tensor, mask: Mask) -> Tensor:
     Differentiable. Raises ValueError with the shapes, types or devices it got and wanted.
     """
     _check_sparse(q, k, v, mask)
-    out: Tensor = torch.ops.dalle_fast.sparse_attention(q, k, v, str(mask))[0]
+    gradient = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
+    out: Tensor = torch.ops.dalle_fast.sparse_attention(q, k, v, str(mask), gradient)[0]
     return out
 
 
@@ -77,13 +80,15 @@ def _check_sparse(q: Tensor, k: Tensor, v: Tensor, mask: Mask) -> None:
 
 
 @torch.library.impl("dalle_fast::sparse_attention", "default")
-def _sparse(q: Tensor, k: Tensor, v: Tensor, mask: str) -> tuple[Tensor, Tensor]:
-    out, lse = _backend("sparse_attention", q, q.shape[-1]).sparse_attention(q, k, v, mask)
+def _sparse(q: Tensor, k: Tensor, v: Tensor, mask: str, gradient: bool) -> tuple[Tensor, Tensor]:
+    # One backend for both: its gradient computes the scores again, and they should be rounded as those of the log-sum-exp.
+    op = "sparse_attention_backward" if gradient else "sparse_attention"
+    out, lse = _backend(op, q, q.shape[-1]).sparse_attention(q, k, v, mask)
     return out.contiguous(), lse.contiguous()
 
 
 @torch.library.register_fake("dalle_fast::sparse_attention")  # type: ignore[untyped-decorator]
-def _sparse_fake(q: Tensor, k: Tensor, v: Tensor, mask: str) -> tuple[Tensor, Tensor]:
+def _sparse_fake(q: Tensor, k: Tensor, v: Tensor, mask: str, gradient: bool) -> tuple[Tensor, Tensor]:
     lse_type = torch.float64 if q.dtype == torch.float64 else torch.float32
     return q.new_empty(q.shape), q.new_empty(q.shape[:3], dtype=lse_type)
 
@@ -105,7 +110,7 @@ def _sparse_backward_fake(
 
 
 def _setup_sparse(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    q, k, v, ctx.mask = inputs
+    q, k, v, ctx.mask, _ = inputs
     ctx.save_for_backward(q, k, v, *output)
     ctx.mark_non_differentiable(output[1])
     ctx.set_materialize_grads(False)
@@ -113,9 +118,9 @@ def _setup_sparse(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tenso
 
 def _sparse_grad(ctx: Any, grad: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
     if grad is None:
-        return None, None, None, None
+        return None, None, None, None, None
     q, k, v, out, lse = ctx.saved_tensors
-    return (*torch.ops.dalle_fast.sparse_attention_backward(grad, q, k, v, out, lse, ctx.mask), None)
+    return (*torch.ops.dalle_fast.sparse_attention_backward(grad, q, k, v, out, lse, ctx.mask), None, None)
 
 
 torch.library.register_autograd("dalle_fast::sparse_attention", _sparse_grad, setup_context=_setup_sparse)
@@ -211,34 +216,13 @@ def _check_decode(
 
 
 @torch.library.impl("dalle_fast::decode_attention", "default")
-def _decode(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    prefix_k: Tensor,
-    prefix_v: Tensor,
-    tail_k: Tensor,
-    tail_v: Tensor,
-    position: Tensor,
-    mask: str,
-) -> Tensor:
-    module = _backend("decode_attention", q, q.shape[-1])
-    out: Tensor = module.decode_attention(q, k, v, prefix_k, prefix_v, tail_k, tail_v, position, mask)
+def _decode(q: Tensor, *args: Any) -> Tensor:
+    out: Tensor = _backend("decode_attention", q, q.shape[-1]).decode_attention(q, *args)
     return out.contiguous()
 
 
 @torch.library.register_fake("dalle_fast::decode_attention")  # type: ignore[untyped-decorator]
-def _decode_fake(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    prefix_k: Tensor,
-    prefix_v: Tensor,
-    tail_k: Tensor,
-    tail_v: Tensor,
-    position: Tensor,
-    mask: str,
-) -> Tensor:
+def _decode_fake(q: Tensor, *args: Any) -> Tensor:
     return q.new_empty(q.shape)
 
 

@@ -105,6 +105,22 @@ static void engine(DType type, DType cache, int threads) {
     if (!std::isfinite(x)) std::printf("not finite\n");
 }
 
+static void sequences(DType type, int threads) {
+  const int batch = 2, heads = 3, dim = 48, text = 5, cells = 40;
+  const size_t element = type == DType::float32 ? 4 : 2;
+  std::vector<int32_t> neighbours(cells * 2), count(cells, 2);
+  for (int c = 0; c < cells; ++c) neighbours[2 * c] = c ? c - 1 : 0, neighbours[2 * c + 1] = c, count[0] = 1;
+  for (int len : {text, text + 1, text + cells}) {
+    const std::vector<char> x(static_cast<size_t>(batch) * heads * len * dim * element);
+    std::vector<char> out(x.size());
+    std::vector<float> lse(static_cast<size_t>(batch) * heads * len);
+    const int64_t head = static_cast<int64_t>(len) * dim, all = head * heads;
+    sparse_attention({x.data(), x.data(), x.data(), {all, head, dim}, {all, head, dim}, out.data(), lse.data(),
+                      neighbours.data(), count.data(), batch, heads, len, text, dim, 2, 0.1f, type},
+                     threads);
+  }
+}
+
 static void attention(DType type, int threads) {
   const int prompts = 2, batch = 6, heads = 1, n = 2, dim = 48, text = 5, slots = 4, cells = 8;
   const size_t element = type == DType::float32 ? 4 : 2;
@@ -147,6 +163,7 @@ int main() {
     engine(DType::int8, DType::bfloat16, threads), engine(DType::int4, DType::float32, threads);
     engine(DType::float32, DType::float32, threads), engine(DType::bfloat16, DType::bfloat16, threads);
     attention(DType::float32, threads), attention(DType::bfloat16, threads);
+    sequences(DType::float32, threads), sequences(DType::bfloat16, threads);
   }
   std::printf("done %s %s\n", kernels().name, pool_name());
 }

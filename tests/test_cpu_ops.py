@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers import assert_close
 
 from dalle_fast import cpu_backend, reference
 from dalle_fast.backends import Call
@@ -166,3 +167,26 @@ def test_why_not():
     assert "multiple of 16" in (cpu_backend.why_not(Call("decode_attention", "cpu", torch.float32, 24)) or "")
     assert "float64" in (cpu_backend.why_not(Call("sample", "cpu", torch.float64, 0)) or "")
     assert "cuda" in (cpu_backend.why_not(Call("sample", "cuda", torch.float32, 0)) or "")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("layout", "length"), [("256+32x32", 1280), ("21+5x7", 21), ("21+5x7", 23), ("3+5x7", 38)])
+def test_whole_sequences(dtype, layout, length):
+    """The log-sum-exp too, which the gradient needs; and keys and values of unlike strides."""
+    mask = f"row@{layout}"
+    q, k, v = (2 * torch.randn(1, 2, length, 48).to(dtype) for _ in range(3))
+    v = v.transpose(1, 2).contiguous().transpose(1, 2)
+    expected, expected_lse = reference.sparse_attention(q.double(), k.double(), v.double(), mask)
+    plain, _ = reference.sparse_attention(q, k, v, mask)
+    out, lse = cpu_backend.sparse_attention(q, k, v, mask)
+    assert_close(out, plain, expected)
+    assert (lse - expected_lse).abs().max() < 1e-5
+
+
+def test_whole_sequences_do_not_depend_on_threads():
+    q, k, v = (torch.randn(2, 3, 16 + 77, 32) for _ in range(3))
+    one = cpu_backend.sparse_attention(q, k, v, "column@16+7x11")
+    for threads in (2, 5):
+        torch.set_num_threads(threads)
+        more = cpu_backend.sparse_attention(q, k, v, "column@16+7x11")
+        assert all(torch.equal(a, b) for a, b in zip(one, more, strict=True))

@@ -22,8 +22,15 @@ LENGTHS = [("16+8x8", 80), ("16+8x8", 53), ("16+8x8", 16), ("33+6x9", 87), ("40+
 FLOATS = [torch.float32, torch.float16]
 
 
+def differentiates(backend, dtype, head_dim):
+    call = backends.Call("sparse_attention_backward", DEVICE, dtype, head_dim)
+    with backends.use(backend):
+        return backends.why_not(backend, call) is None
+
+
 def check(backend, rule, layout, length, dtype, head_dim=32, batch=2, heads=2, backward=True):
     require(backend, "sparse_attention", dtype, head_dim)
+    backward = backward and differentiates(backend, dtype, head_dim)
     mask = Mask.parse(f"{rule}@{layout}")
     q, k, v, grad = (randn(batch, heads, length, head_dim, dtype=dtype) for _ in range(4))
     allowed = torch.from_numpy(mask.dense()[:length, :length]).to(DEVICE)
@@ -84,14 +91,34 @@ def test_gradcheck(backend, rule):
         assert torch.autograd.gradcheck(lambda q, k, v: ops.sparse_attention(q, k, v, mask), inputs)
 
 
+def test_who_differentiates_computes():
+    """The cpu backend has no gradient: by itself it serves without one only, and asked for by name it says so."""
+    require("cpu", "sparse_attention", torch.float32, 16)
+    mask, q = Mask.parse("row@4+4x4"), torch.randn(1, 2, 20, 16)
+    with backends.use("cpu"):
+        ours = ops.sparse_attention(q, q, q, mask)
+        with pytest.raises(backends.BackendUnavailable, match="it has no sparse_attention_backward"):
+            ops.sparse_attention(q.clone().requires_grad_(), q, q, mask)
+        with torch.no_grad():
+            assert torch.equal(ops.sparse_attention(q.clone().requires_grad_(), q, q, mask), ours)
+    with backends.use("torch"):
+        plain = ops.sparse_attention(q, q, q, mask)
+    assert not torch.equal(ours, plain)
+    assert torch.equal(ops.sparse_attention(q, q, q, mask), ours)
+    assert torch.equal(ops.sparse_attention(q.clone().requires_grad_(), q, q, mask), plain)
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_opcheck(backend):
     require(backend, "sparse_attention", torch.float32, 16)
-    inputs = [randn(1, 2, 20, 16, dtype=torch.float32).requires_grad_() for _ in range(3)]
+    trains = differentiates(backend, torch.float32, 16)
+    inputs = [randn(1, 2, 20, 16, dtype=torch.float32).requires_grad_(trains) for _ in range(3)]
     with backends.use(backend):
-        torch.library.opcheck(torch.ops.dalle_fast.sparse_attention.default, (*inputs, "row@4+4x4"))
+        torch.library.opcheck(torch.ops.dalle_fast.sparse_attention.default, (*inputs, "row@4+4x4", trains))
+        if not trains:
+            return
         q, k, v = (x.detach() for x in inputs)
-        out, lse = torch.ops.dalle_fast.sparse_attention(q, k, v, "row@4+4x4")
+        out, lse = torch.ops.dalle_fast.sparse_attention(q, k, v, "row@4+4x4", True)
         torch.library.opcheck(
             torch.ops.dalle_fast.sparse_attention_backward.default, (out, q, k, v, out, lse, "row@4+4x4")
         )

@@ -3,6 +3,8 @@
 // queries share each read of the prefix. A query's sums run in an order that does not depend on its neighbours in the batch.
 #pragma once
 
+#include <math.h>
+
 #include "cpu/kernels.h"
 #include "cpu/simd.h"
 
@@ -82,20 +84,22 @@ template <bool Bf16>
 DF_INLINE void tail_scores(const AttentionRow& row, const uint32_t* pairs, int dim, float* scores) {
   const auto key = [&](int j) { return static_cast<int64_t>(row.slots[j]) * dim; };
 #if defined(__AVX512F__)
-  for (int first = 0; first < row.count; first += W) {
-    vf total[W] = {};
-    for (int i = 0; i < W; ++i) {
-      const int64_t at = key(first + i < row.count ? first + i : row.count - 1);
+  for (int first = 0; first < row.count; first += W) {  // 16 keys at a time: sums that do not wait for each other
+    vf total[W];
+    int64_t at[W];
+    for (int i = 0; i < W; ++i) total[i] = vf{}, at[i] = key(first + i < row.count ? first + i : row.count - 1);
+    int d = 0;
 #if defined(__AVX512BF16__)
-      if (Bf16 && dim % 32 == 0) {
-        for (int d = 0; d < dim; d += 32)
-          total[i] = _mm512_dpbf16_ps(total[i], (__m512bh)load_words(static_cast<const uint16_t*>(row.tail_k) + at + d),
+    if constexpr (Bf16)
+      for (; d + 32 <= dim; d += 32)
+        for (int i = 0; i < W; ++i)
+          total[i] = _mm512_dpbf16_ps(total[i],
+                                      (__m512bh)load_words(static_cast<const uint16_t*>(row.tail_k) + at[i] + d),
                                       (__m512bh)load_words(pairs + d / 2));
-        continue;
-      }
 #endif
-      for (int d = 0; d < dim; d += W) total[i] = fma(load(row.q + d), load_cached<Bf16>(row.tail_k, at + d), total[i]);
-    }
+    for (; d < dim; d += W)
+      for (int i = 0; i < W; ++i)
+        total[i] = fma(load(row.q + d), load_cached<Bf16>(row.tail_k, at[i] + d), total[i]);
     store(scores + first, sums(total));
   }
 #else
@@ -175,7 +179,7 @@ void attend_rows(const PackedPrefix& prefix, const AttentionRow* rows, int dim, 
     for (int r = 0; r < R; ++r) pair_up(q[r], dim, pairs[r]), q_pairs[r] = pairs[r];
 #endif
   const int64_t blocks = prefix.keys / kKeyBlock;
-  constexpr int together = W < 16 ? 1 : R == 1 ? 8 : 4;  // enough sums at a time to hide an addition's latency
+  constexpr int together = W < 16 ? 1 : R == 1 ? 8 : R == 8 ? 2 : 4;  // enough sums at a time to hide an addition's latency
   int64_t block = 0;
   for (; block + together <= blocks; block += together)
     prefix_scores<Bf16, R, together>(prefix.k, block, q, q_pairs, dim, scores);
@@ -192,12 +196,13 @@ void attend_rows(const PackedPrefix& prefix, const AttentionRow* rows, int dim, 
     const float shift = largest(most) * scale;
     vf total = {};
     for (int64_t i = 0; i < padded; i += W) {
-      const vf x = load(s + i);
-      const vf e = x == -__builtin_inff() ? vf{} : exp(fma(x, set1(scale), set1(-shift)));
+      const vf e = exp_below(fma(load(s + i), set1(scale), set1(-shift)));
       store(s + i, e);
       total = total + e;
     }
-    inverse[r] = 1.0f / sum(total);
+    const float all = sum(total);
+    inverse[r] = 1.0f / all;
+    if (row.lse) *row.lse = static_cast<float>(shift + ::log(static_cast<double>(all)));
   }
 #if defined(__AVX512BF16__)
   // The values' weights, in bf16 pairs, take the place of the first half of the float ones.
@@ -214,7 +219,7 @@ void attend_rows(const PackedPrefix& prefix, const AttentionRow* rows, int dim, 
 #endif
   float out[R][kMaxDim];
   int d = 0;
-  constexpr int wide = W == 16 && R < 4 ? 4 : 2;
+  constexpr int wide = W == 16 && R < 4 ? 4 : R == 8 ? 1 : 2;
   for (; d + wide * W <= dim; d += wide * W)
     prefix_values<Bf16, R, wide>(prefix.v, prefix.keys, dim, d, scores, p_pairs, out);
   for (; d < dim; d += W) prefix_values<Bf16, R, 1>(prefix.v, prefix.keys, dim, d, scores, p_pairs, out);
@@ -231,8 +236,10 @@ void attend_all(const PackedPrefix& prefix, const AttentionRow* rows, int count,
   for (int r = 0; r < count; ++r) most = rows[r].count > most ? rows[r].count : most;
   const int64_t row_floats = round_up(prefix.keys + most, kKeyBlock) + kKeyBlock;
   int r = 0;
-  if constexpr (W == 16)
+  if constexpr (W == 16) {
+    for (; r + 8 <= count; r += 8) attend_rows<Bf16, 8>(prefix, rows + r, dim, scale, scratch, row_floats);
     for (; r + 4 <= count; r += 4) attend_rows<Bf16, 4>(prefix, rows + r, dim, scale, scratch, row_floats);
+  }
   for (; r + 2 <= count; r += 2) attend_rows<Bf16, 2>(prefix, rows + r, dim, scale, scratch, row_floats);
   if (r < count) attend_rows<Bf16, 1>(prefix, rows + r, dim, scale, scratch, row_floats);
 }

@@ -55,6 +55,7 @@ struct AttentionRow {  // one query of one head
   const int32_t* slots;  // [count]
   int32_t count;
   int32_t prefix_len;  // how many of the prefix's keys it sees
+  float* lse = nullptr;  // log-sum-exp of the scaled scores, if it is asked for
 };
 
 // One head of a prefix, by 16 keys. float32: k [blocks][dim][16], v [keys][dim]. bf16: k [blocks][dim / 2][16][2],
@@ -92,9 +93,9 @@ struct Kernels {
                    int first, int count);
 };
 
-// Floats of scratch that attend() wants: a row of scores for each of four queries.
+// Floats of scratch that attend() wants: a row of scores for each of eight queries.
 inline int64_t attend_scratch(int64_t prefix_keys, int64_t most_slots) {
-  return 4 * (prefix_keys + round_up(most_slots, kKeyBlock) + kKeyBlock);
+  return 8 * (prefix_keys + round_up(most_slots, kKeyBlock) + kKeyBlock);
 }
 
 const Kernels* portable_kernels();

@@ -11,6 +11,9 @@ namespace dalle_fast::cpu {
 // float32 or bfloat16, dim a multiple of 16 up to 256. Throws std::invalid_argument for others or a position outside.
 void decode_attention(const DecodeAttentionParams& p, int threads);
 
+// The same types and dims.
+void sparse_attention(const SparseAttentionParams& p, int threads);
+
 // float32 logits. Tokens of a row do not depend on the other rows, nor on the threads.
 void sample(const SampleParams& p, int threads);
 

@@ -1,5 +1,7 @@
 #include "cpu/pack.h"
 
+#include <vector>
+
 #include <stdexcept>
 #include <string>
 
@@ -122,29 +124,33 @@ int64_t packed_prefix_bytes(int64_t len, int64_t dim, DType cache) {
 
 void pack_prefix(const void* k, const void* v, DType from, int64_t len, int64_t row_stride, int64_t dim, DType cache,
                  void* to_k, void* to_v) {
-  const auto at = [&](const void* x, int64_t key, int64_t d) {
-    if (key >= len) return 0.0f;
-    const int64_t i = key * row_stride + d;
-    return from == DType::bfloat16 ? bf16_to_float(static_cast<const uint16_t*>(x)[i])
-                                   : static_cast<const float*>(x)[i];
+  const bool wide = from != DType::bfloat16;
+  std::vector<float> line(static_cast<size_t>(dim));
+  const auto row = [&](const void* x, int64_t key) -> const float* {  // zeros beyond the end
+    if (key < len && wide) return static_cast<const float*>(x) + key * row_stride;
+    for (int64_t d = 0; d < dim; ++d)
+      line[d] = key < len ? bf16_to_float(static_cast<const uint16_t*>(x)[key * row_stride + d]) : 0.0f;
+    return line.data();
   };
   const int64_t keys = round_up(len, kKeyBlock);
-  if (cache == DType::bfloat16) {
-    uint16_t *pk = static_cast<uint16_t*>(to_k), *pv = static_cast<uint16_t*>(to_v);
-    for (int64_t block = 0; block < keys; block += kKeyBlock)
+  for (int64_t key = 0; key < keys; ++key) {
+    const int64_t block = key / kKeyBlock * kKeyBlock * dim, lane = key % kKeyBlock;
+    const float* from_k = row(k, key);
+    if (cache == DType::bfloat16) {
+      uint16_t* to = static_cast<uint16_t*>(to_k) + block + 2 * lane;
       for (int64_t d = 0; d < dim; d += 2)
-        for (int64_t key = block; key < block + kKeyBlock; ++key)
-          for (int64_t j = 0; j < 2; ++j) *pk++ = float_to_bf16(at(k, key, d + j));
-    for (int64_t key = 0; key < keys; key += 2)
-      for (int64_t d = 0; d < dim; ++d)
-        for (int64_t j = 0; j < 2; ++j) *pv++ = float_to_bf16(at(v, key + j, d));
-  } else {
-    float *pk = static_cast<float*>(to_k), *pv = static_cast<float*>(to_v);
-    for (int64_t block = 0; block < keys; block += kKeyBlock)
-      for (int64_t d = 0; d < dim; ++d)
-        for (int64_t key = block; key < block + kKeyBlock; ++key) *pk++ = at(k, key, d);
-    for (int64_t key = 0; key < keys; ++key)
-      for (int64_t d = 0; d < dim; ++d) *pv++ = at(v, key, d);
+        for (int64_t j = 0; j < 2; ++j) to[d * kKeyBlock + j] = float_to_bf16(from_k[d + j]);
+    } else {
+      float* to = static_cast<float*>(to_k) + block + lane;
+      for (int64_t d = 0; d < dim; ++d) to[d * kKeyBlock] = from_k[d];
+    }
+    const float* from_v = row(v, key);
+    if (cache == DType::bfloat16) {
+      uint16_t* to = static_cast<uint16_t*>(to_v) + key / 2 * 2 * dim + key % 2;
+      for (int64_t d = 0; d < dim; ++d) to[2 * d] = float_to_bf16(from_v[d]);
+    } else {
+      std::memcpy(static_cast<float*>(to_v) + key * dim, from_v, static_cast<size_t>(dim) * 4);
+    }
   }
 }
 

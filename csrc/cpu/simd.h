@@ -92,14 +92,10 @@ DF_INLINE float largest(vf v) {
   return lanes[0];
 }
 
-// e^x within 2 ulp for x in [-87, 88]; clamped outside. x = n ln 2 + r, |r| <= ln 2 / 2, and a degree-6 polynomial in r.
-DF_INLINE vf exp(vf x) {
-  x = min(max(x, set1(-87.0f)), set1(88.0f));
-  const vf scaled = x * 1.44269504088896341f;
-  const vi n = to_int(scaled + (scaled > 0.0f ? set1(0.5f) : set1(-0.5f)));
-  const vf nf = to_float(n);
-  vf r = fma(nf, set1(-0.693359375f), x);  // ln 2 in two parts: the first product is exact
-  r = fma(nf, set1(2.12194440e-4f), r);
+// e^x = 2^n e^r, x = n ln 2 + r, |r| <= ln 2 / 2: a polynomial of degree 6 in r, within 2 ulp.
+DF_INLINE vf exp_of(vf x, vf n) {
+  vf r = fma(n, set1(-0.693359375f), x);  // ln 2 in two parts: the first product is exact
+  r = fma(n, set1(2.12194440e-4f), r);
   vf p = set1(1.0f / 720);
   p = fma(p, r, set1(1.0f / 120));
   p = fma(p, r, set1(1.0f / 24));
@@ -107,7 +103,32 @@ DF_INLINE vf exp(vf x) {
   p = fma(p, r, set1(0.5f));
   p = fma(p, r, set1(1.0f));
   p = fma(p, r, set1(1.0f));
-  return p * as_float((vu)((n + 127) << 23));
+#if defined(__AVX512F__)
+  return _mm512_scalef_ps(p, n);
+#else
+  return p * as_float((vu)((to_int(n) + 127) << 23));
+#endif
+}
+DF_INLINE vf nearest(vf x) {
+#if defined(__AVX512F__)
+  return _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT);
+#else
+  return to_float(to_int(x + (x > 0.0f ? set1(0.5f) : set1(-0.5f))));
+#endif
+}
+// Clamped to x in [-87, 88].
+DF_INLINE vf exp(vf x) {
+  x = min(max(x, set1(-87.0f)), set1(88.0f));
+  return exp_of(x, nearest(x * 1.44269504088896341f));
+}
+// For x <= 0, and 0 for -inf.
+DF_INLINE vf exp_below(vf x) {
+#if defined(__AVX512F__)
+  x = max(x, set1(-200.0f));  // 2^-289 is 0
+  return exp_of(x, nearest(x * 1.44269504088896341f));
+#else
+  return x < -87.0f ? vf{} : exp(x);
+#endif
 }
 
 // ln x within 2 ulp for positive normal x, near 1 too: x = 2^n m, m in [sqrt 1/2, sqrt 2), ln m = 2 artanh((m-1)/(m+1)).
