@@ -193,7 +193,10 @@ class Measure:
         self.facts |= {"seconds": seconds, "low": low, "high": high, "passes": passes}
         self.facts["peak_bytes"] = max(0, device.peak() - self.held)
         if work:
-            least = device.floor(self.store.limits(), work.bytes, work.flops, self.facts["dtype"])
+            limits = self.store.limits()
+            if not device.ON_GPU:
+                self.facts["read"] = limits["read"] = device.read_rates_now(work.bytes)
+            least = device.floor(limits, work.bytes, work.flops, self.facts["dtype"])
             self.facts |= {"bytes": work.bytes, "flops": work.flops, "limit_seconds": least, "share": least / seconds}
         self.save()
 

@@ -13,7 +13,7 @@ import os
 import platform
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -171,15 +171,28 @@ def _best(run: Callable[[], Any], seconds: float) -> float:
     return min(groups)
 
 
-def measure_limits(seconds: float = 0.4) -> dict[str, Any]:
-    """{"read": {bytes: bytes/s}, "copy": bytes/s, "matmul": {dtype: FLOP/s}}, each measured for about `seconds`."""
+def read_rates(sizes: Iterable[int], seconds: float) -> dict[str, float]:
+    """{bytes: bytes/s} of reading once these many MiB, each measured for about `seconds`."""
     read = {}
-    for size in READ_MB:
+    for size in sizes:
         data = torch.randn(size * 2**18, device=DEVICE).view(2 * torch.get_num_threads(), -1)
         row = torch.randn(data.shape[1], device=DEVICE)
         # Whatever reads fastest is the limit: a sum, or a product with a vector that stays in the cache.
         best = min(_best(data.sum, seconds), _best(lambda d=data, r=row[: 2**14]: d.view(-1, 2**14) @ r, seconds))
         read[str(data.nbytes)] = data.nbytes / best
+    return read
+
+
+def read_rates_now(nbytes: float, seconds: float = 0.2) -> dict[str, float]:
+    """read_rates of the sizes that `floor` looks at for so many bytes. Where others share the memory, what it can do changes by
+    the minute: a case is compared with what was measured right after it."""
+    above = next((i for i, size in enumerate(READ_MB) if nbytes <= size * 2**20), len(READ_MB) - 1)
+    return read_rates(READ_MB[max(0, above - 1) : above + 1], seconds)
+
+
+def measure_limits(seconds: float = 0.4) -> dict[str, Any]:
+    """{"read": {bytes: bytes/s}, "copy": bytes/s, "matmul": {dtype: FLOP/s}}, each measured for about `seconds`."""
+    read = read_rates(READ_MB, seconds)
     source = torch.randn(READ_MB[-1] * 2**18, device=DEVICE)
     target = torch.empty_like(source)
     copy = 2 * source.nbytes / _best(lambda: target.copy_(source), seconds)

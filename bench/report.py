@@ -132,6 +132,8 @@ def machine(data: Data) -> str:
     return (
         f"{m['device']}, {m['threads']} threads, torch {m['torch']}, {m['date']}, commit {', '.join(commits)}.\n"
         f"Limits measured in the same run: reading {read}; copying {limits['copy'] / 1e9:.1f} GB/s; matrix products {matmul}.\n"
+        + "Reading is measured again after each case on a CPU, whose share refers to that.\n"
+        * any("read" in r for r in data["cases"].values())
     )
 
 

@@ -15,7 +15,7 @@ import pytest
 
 sys.path.append(str(Path(__file__).resolve().parent.parent))  # bench/ is not installed
 
-from bench import report, work
+from bench import device, report, work
 from bench.device import describe, floor
 from dalle_fast.config import ModelConfig
 
@@ -167,3 +167,13 @@ def test_least_work() -> None:
     assert floor(limits, 1000, 0, "bfloat16") == 10 and floor(limits, 1e6, 0, "bfloat16") == 1e5
     assert floor(limits, 10_000, 0, "int4") == pytest.approx(10_000 / 10**1.5)
     assert floor(limits, 1, 5e6, "bfloat16") == 5000
+
+
+def test_reading_is_measured_again_for_the_sizes_that_matter(monkeypatch):
+    """The two between which a case lies, the largest for one beyond them all, the smallest for one below."""
+    monkeypatch.setattr(device, "READ_MB", (1, 2, 4))
+    for nbytes, sizes in ((10, [1]), (1.5e6, [1, 2]), (3e6, [2, 4]), (9e9, [2, 4])):
+        rates = device.read_rates_now(nbytes, seconds=0.001)
+        assert [int(size) >> 20 for size in rates] == sizes and min(rates.values()) > 1e6
+        limits = {"read": rates, "matmul": {"bfloat16": 1e30}}
+        assert nbytes / max(rates.values()) <= floor(limits, nbytes, 0, "bfloat16") <= nbytes / min(rates.values())
