@@ -115,24 +115,6 @@ def make_model(width: int, layers: int, patch: int, text_layers: int) -> CLIPMod
     return CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=width))
 
 
-def with_patches(state: dict[str, Tensor], patch: int) -> dict[str, Tensor]:
-    """The weights of a CLIP, made ones of patches of another size: what to go on training from. Filters are scaled in size,
-    positions interpolated."""
-    kernel = state["vision_model.embeddings.patch_embedding.weight"]  # [width, 3, old, old]
-    old = kernel.shape[-1]
-    if old == patch:
-        return state
-    positions = state["vision_model.embeddings.position_embedding.weight"]  # [1 + patches, width]
-    grid = positions[1:].t().unflatten(1, (SIZE // old, SIZE // old))[None]
-    cells = SIZE // patch
-    grid = F.interpolate(grid.float(), (cells, cells), mode="bilinear")[0].flatten(1).t().to(positions.dtype)
-    scaled = F.interpolate(kernel.float(), (patch, patch), mode="area") * (old / patch) ** 2
-    return state | {
-        "vision_model.embeddings.patch_embedding.weight": scaled.to(kernel.dtype),
-        "vision_model.embeddings.position_embedding.weight": torch.cat([positions[:1], grid]),
-    }
-
-
 def pixels(pictures: list[np.ndarray]) -> Tensor:
     """Pictures [256, 256, 3] uint8 as the ranker prepares them: [n, 3, 128, 128] float32."""
     x = torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2)
@@ -325,11 +307,10 @@ def main() -> None:
     drawn = draw_for_clip.read(args.drawn) if args.drawn else []
     clip = make_model(args.width, args.layers, args.patch, args.text_layers)
     if args.init:
-        clip.load_state_dict(with_patches(CLIPModel.from_pretrained(str(args.init)).state_dict(), args.patch))
+        clip.load_state_dict(CLIPModel.from_pretrained(str(args.init)).state_dict())
     model = Training(clip, args.width)
     if args.init and (args.init / "training.pt").exists():  # the heads too
-        trained = torch.load(args.init / "training.pt", map_location="cpu", weights_only=True)["model"]
-        model.heads.load_state_dict({name: trained[f"heads.{name}"] for name in ("weight", "bias")})
+        model.load_state_dict(torch.load(args.init / "training.pt", map_location="cpu", weights_only=True)["model"])
     matrices = [p for name, p in model.clip.named_parameters() if p.ndim == 2 and ".layers." in name]
     chosen = {id(p) for p in matrices}
     rest = [p for p in model.parameters() if id(p) not in chosen]
