@@ -17,6 +17,7 @@ import statistics
 import subprocess
 import time
 from collections.abc import Callable, Iterator
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -106,6 +107,10 @@ class Store:
                         f"{self.path} is of {self.data['machine']['device']}, this is {device.name()}"
                     )
 
+    @cached_property
+    def reader(self) -> device.Reader:
+        return device.Reader()
+
     def has(self, test: str) -> bool:
         record = self.data["cases"].get(test, {})
         return bool({"seconds", "held_bytes"} & record.keys()) and record.get("others", 0.0) <= BUSY
@@ -144,6 +149,7 @@ class Measure:
         self.benchmark, self.node = benchmark, request.node
         self.store = request.config.stash[STORE]
         self.small: bool = benchmark.disabled
+        self.reader = None if self.small or device.ON_GPU else self.store.reader
         self.held = device.reset_peak()
         self.facts: dict[str, Any] = {}
 
@@ -164,8 +170,20 @@ class Measure:
         setup: Callable[[], None] | None = None, calls: int = 1, warmup: int = 1,
     ) -> None:  # fmt: skip
         """Times `passes` passes over `positions` (default: one), each a round after `setup`, and records the median of the
-        passes' means, with their 10 % and 90 % quantiles. calls: how often a round does what is measured."""
+        passes' means, with their 10 % and 90 % quantiles. calls: how often a round does what is measured.
+
+        Where the caches hold next to nothing of what a CPU must read, memory is read before every round too, and a pass is
+        compared with what it gave then: where others share it, that changes within seconds."""
         rounds = passes * len(positions or [0])
+        rates: list[float] = []
+        reader, first = self.reader, setup
+        if reader and work and work.bytes >= reader.nbytes:
+
+            def setup() -> None:
+                if first:
+                    first()
+                rates.append(reader())
+
         if not self.small:
             device.wait_for_quiet(BUSY, self.store.wait)
         others = device.Others()
@@ -176,6 +194,10 @@ class Measure:
         means = times.mean(1).sort().values
         if not device.ON_GPU:
             self.facts["others"] = round(others.share(), 3)
+        if rates:
+            assert work is not None
+            reading = work.bytes / torch.tensor(rates[-rounds:], dtype=torch.float64).view(passes, -1).mean(1)
+            self.facts["share"] = float((reading / times.mean(1)).median())
         self.record(float(means.median()), means.quantile(0.1).item(), means.quantile(0.9).item(), passes, work)
         if positions and len(positions) > 1:
             parts = list(zip(positions, times.median(0).values.tolist(), strict=True))
@@ -194,7 +216,10 @@ class Measure:
         self.facts["peak_bytes"] = max(0, device.peak() - self.held)
         if work:
             limits = self.store.limits()
-            if not device.ON_GPU:
+            if "share" in self.facts:  # of reading, while it was measured
+                rate = work.bytes / (self.facts["share"] * seconds)
+                self.facts["read"] = limits["read"] = {str(int(work.bytes)): rate}
+            elif not device.ON_GPU:
                 self.facts["read"] = limits["read"] = device.read_rates_now(work.bytes)
             least = device.floor(limits, work.bytes, work.flops, self.facts["dtype"])
             self.facts |= {"bytes": work.bytes, "flops": work.flops, "limit_seconds": least, "share": least / seconds}

@@ -190,6 +190,20 @@ def read_rates_now(nbytes: float, seconds: float = 0.2) -> dict[str, float]:
     return read_rates(READ_MB[max(0, above - 1) : above + 1], seconds)
 
 
+class Reader:
+    """Reads memory far beyond any cache once, on a CPU: the rate that it has at this moment, in bytes/s."""
+
+    nbytes = 256 << 20
+
+    def __init__(self) -> None:
+        self.data = torch.ones(2 * torch.get_num_threads(), self.nbytes // 8 // torch.get_num_threads())
+
+    def __call__(self) -> float:
+        start = clock()
+        self.data.sum()
+        return self.data.nbytes / (clock() - start)
+
+
 def measure_limits(seconds: float = 0.4) -> dict[str, Any]:
     """{"read": {bytes: bytes/s}, "copy": bytes/s, "matmul": {dtype: FLOP/s}}, each measured for about `seconds`."""
     read = read_rates(READ_MB, seconds)

@@ -82,6 +82,25 @@ def test_a_slowed_kernel_and_a_wrong_one_are_caught(tmp_path: Path) -> None:
     assert report.main([str(tmp_path / "good.json"), "--against", str(tmp_path / "good.json")]) == 0
 
 
+def test_large_cases_are_compared_with_what_memory_gave_meanwhile(tmp_path: Path) -> None:
+    """Any case is large here, and memory gives 1 MB/s."""
+    (tmp_path / "slow_memory.py").write_text(
+        "from bench import device\ndevice.Reader.nbytes = 4096\ndevice.Reader.__call__ = lambda self: 1e6\n"
+    )
+    path = tmp_path / "large.json"
+    limits = {"read": {"1000000": 1e10}, "copy": 1e10, "matmul": {"bfloat16": 1e11, "float32": 1e30}}
+    path.write_text(json.dumps({"machine": describe(), "limits": limits, "cases": {}}))
+    done = bench("-p", "slow_memory", "--all", "--results", str(path), folder=tmp_path, what=CASE)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-1000:]
+    (record,) = json.loads(path.read_text())["cases"].values()
+    assert list(record["read"]) == [str(int(record["bytes"]))]
+    middle = (
+        record["bytes"] / 1e6 / record["seconds"]
+    )  # of passes' shares, by their middle time: the same, passes being odd
+    assert record["share"] == pytest.approx(middle, rel=1e-6)
+    assert record["limit_seconds"] == pytest.approx(record["bytes"] / 1e6, rel=1e-6)
+
+
 def data() -> dict[str, Any]:
     def record(contender: str, dtype: str, seconds: float, **more: Any) -> dict[str, Any]:
         base = {"case": "A step of x: y", "column": "batch 1", "contender": contender, "dtype": dtype, "batch": 1}
