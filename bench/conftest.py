@@ -4,6 +4,7 @@ pytest bench                               the most important cases, and the tab
 pytest bench --all --minutes 12 --results bench/results     all of them, into bench/results/DATE-DEVICE.json; what
                                            stands in that file already is not measured again, unless other processes
                                            kept more than BUSY of the machine busy meanwhile
+pytest bench --all --again --results FILE  all of them once more: the median of a case's runs counts
 pytest bench --benchmark-disable           every case once, at a toy size: does it run, is its result right?
 """
 
@@ -35,6 +36,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("bench")
     group.addoption("--all", action="store_true", help="measure all cases, not only the most important ones")
     group.addoption("--minutes", type=float, default=math.inf, help="start no case after this time")
+    group.addoption(
+        "--again", action="store_true", help="measure also what stands in the file; medians of all runs count"
+    )
     group.addoption("--wait", type=float, default=0.0, help="seconds to wait, before each case, for others to rest")
     group.addoption("--results", metavar="PATH", help="JSON file to write and to resume, or the folder for a new one")
 
@@ -84,15 +88,25 @@ def commit() -> str:
     return head.stdout.strip() + "+" * bool(changed.stdout.strip())
 
 
+def middle_run(before: dict[str, Any], record: dict[str, Any]) -> dict[str, Any]:
+    """Of all runs of a case the one of median time, and `runs`, all of them: on a machine that is shared with others a median
+    over hours says more than one over seconds."""
+    plain = {name: value for name, value in before.items() if name not in ("runs", "by_position")}
+    runs = [*before.get("runs", [plain]), {name: value for name, value in record.items() if name != "by_position"}]
+    middle = sorted(runs, key=lambda run: run["seconds"])[(len(runs) - 1) // 2]
+    return {**record, **middle, "runs": runs}
+
+
 class Store:
     """The results file: {"machine": …, "limits": …, "cases": {test: record}}, complete after every case."""
 
     def __init__(self, config: pytest.Config) -> None:
         self.start, self.minutes = time.monotonic(), config.getoption("minutes")
-        self.wait = config.getoption("wait")
+        self.wait, self.again = config.getoption("wait"), config.getoption("again")
         self.machine = device.describe()
         self.commit = commit()
         self.path: Path | None = None
+        self.earlier: dict[str, dict[str, Any]] = {}  # what stood there before this session
         self.data: dict[str, Any] = {"machine": self.machine, "limits": None, "cases": {}}
         if (place := config.getoption("results")) and not config.getoption("benchmark_disable"):
             self.path = Path(place)
@@ -112,6 +126,8 @@ class Store:
         return device.Reader()
 
     def has(self, test: str) -> bool:
+        if self.again:
+            return False
         record = self.data["cases"].get(test, {})
         return bool({"seconds", "held_bytes"} & record.keys()) and record.get("others", 0.0) <= BUSY
 
@@ -126,10 +142,15 @@ class Store:
         return dict(self.data["limits"])
 
     def add(self, test: str, record: dict[str, Any]) -> None:
-        before = self.data["cases"].get(test, {})
+        before = self.earlier.setdefault(
+            test, self.data["cases"].get(test, {})
+        )  # a case may be added again with more facts
+        record = {**record, "commit": self.commit}
         quieter = "seconds" in before and before.get("others", 0.0) < record.get("others", 0.0)
-        if not quieter or "failed" in record:
-            self.data["cases"][test] = {**record, "commit": self.commit}
+        if self.again and "seconds" in before and "seconds" in record:
+            self.data["cases"][test] = middle_run(before, record)
+        elif not quieter or "failed" in record:
+            self.data["cases"][test] = record
         if self.path:  # complete at every moment
             scratch = self.path.with_suffix(".tmp")
             scratch.write_text(json.dumps(self.data, indent=1) + "\n")

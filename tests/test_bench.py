@@ -101,6 +101,21 @@ def test_large_cases_are_compared_with_what_memory_gave_meanwhile(tmp_path: Path
     assert record["limit_seconds"] == pytest.approx(record["bytes"] / 1e6, rel=1e-6)
 
 
+def test_runs_of_a_case_are_joined_by_their_median(tmp_path: Path) -> None:
+    path = tmp_path / "again.json"
+    limits = {"read": {"1000000": 1e10}, "copy": 1e10, "matmul": {"bfloat16": 1e11, "float32": 1e11}}
+    path.write_text(json.dumps({"machine": describe(), "limits": limits, "cases": {}}))
+    for runs in range(1, 4):
+        done = bench("--all", "--again", "--results", str(path), what=CASE)
+        assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-1000:]
+        (record,) = json.loads(path.read_text())["cases"].values()
+        assert len(record.get("runs", [record])) == runs
+    times = [run["seconds"] for run in record["runs"]]
+    assert len(set(times)) == 3 and record["seconds"] == sorted(times)[1]
+    assert record["share"] == next(run["share"] for run in record["runs"] if run["seconds"] == record["seconds"])
+    assert all("runs" not in run and run["commit"] for run in record["runs"])
+
+
 def data() -> dict[str, Any]:
     def record(contender: str, dtype: str, seconds: float, **more: Any) -> dict[str, Any]:
         base = {"case": "A step of x: y", "column": "batch 1", "contender": contender, "dtype": dtype, "batch": 1}
