@@ -137,12 +137,24 @@ def machine(data: Data) -> str:
     )
 
 
-def tables(results: list[Data], name: str = "all") -> str:
-    """The Markdown of every table whose title starts with `name`."""
-    parts = []
+def joined(results: list[Data]) -> list[Data]:
+    """One for each device: of a case that several files hold, what was measured last."""
+    devices: dict[str, Data] = {}
     for data in results:
-        if name in ("all", "machine"):
-            parts.append(machine(data))
+        before = devices.get(data["machine"]["device"], {"cases": {}})["cases"]
+        newer = {name: r for name, r in data["cases"].items() if timed(r) or not timed(before.get(name, {}))}
+        devices[data["machine"]["device"]] = {**data, "cases": {**before, **newer}}
+    return list(devices.values())
+
+
+def timed(record: Record) -> bool:
+    return bool({"seconds", "held_bytes"} & record.keys())
+
+
+def tables(results: list[Data], name: str = "all") -> str:
+    """The Markdown of every table whose title starts with `name`; one for all files of a device."""
+    parts = [machine(data) for data in results] if name in ("all", "machine") else []
+    for data in joined(results):
         parts += [table(t, records) for t, records in grouped(data).items() if name == "all" or t.startswith(name)]
     return "\n".join(parts)
 
@@ -237,7 +249,7 @@ def main(arguments: list[str] | None = None) -> int:
     if args.docs or args.out:
         from bench.plots import draw
 
-        written = draw(results[-1], PLOTS if args.docs else args.out)
+        written = draw(joined(results)[-1], PLOTS if args.docs else args.out)
     if args.out:
         pictures = "\n".join(f"![{path.stem}]({path.name})" for path in written if path.suffix == ".png")
         (args.out / "report.md").write_text(f"# Benchmark results\n\n{tables(results)}\n{pictures}\n")

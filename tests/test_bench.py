@@ -143,6 +143,18 @@ def data() -> dict[str, Any]:
     }  # fmt: skip
 
 
+def test_files_of_a_device_are_one_table() -> None:
+    """What was measured last counts; what was merely skipped later does not."""
+    old, new = data(), data()
+    names = [name for name, record in old["cases"].items() if "seconds" in record]
+    new["cases"] = {names[0]: {**old["cases"][names[0]], "seconds": 77.0}, names[1]: {"skipped": "no time left"}}
+    (both,) = report.joined([old, new])
+    assert list(both["cases"]) == list(old["cases"]) and both["cases"][names[0]]["seconds"] == 77.0
+    assert both["cases"][names[1]] == old["cases"][names[1]]
+    other = {**data(), "machine": {**old["machine"], "device": "another"}}
+    assert len(report.joined([old, other, new])) == 2
+
+
 def test_tables() -> None:
     found = data()
     del found["cases"]["f.py::d"]["seconds"]
