@@ -142,9 +142,8 @@ class Store:
         return dict(self.data["limits"])
 
     def add(self, test: str, record: dict[str, Any]) -> None:
-        before = self.earlier.setdefault(
-            test, self.data["cases"].get(test, {})
-        )  # a case may be added again with more facts
+        # What stood there before this session: a case may be added once more, with more facts.
+        before = self.earlier.setdefault(test, self.data["cases"].get(test, {}))
         record = {**record, "commit": self.commit}
         quieter = "seconds" in before and before.get("others", 0.0) < record.get("others", 0.0)
         if self.again and "seconds" in before and "seconds" in record:
@@ -215,11 +214,12 @@ class Measure:
         means = times.mean(1).sort().values
         if not device.ON_GPU:
             self.facts["others"] = round(others.share(), 3)
-        if rates:
-            assert work is not None
+        seconds, rate = float(means.median()), None
+        if work and rates:
             reading = work.bytes / torch.tensor(rates[-rounds:], dtype=torch.float64).view(passes, -1).mean(1)
-            self.facts["share"] = float((reading / times.mean(1)).median())
-        self.record(float(means.median()), means.quantile(0.1).item(), means.quantile(0.9).item(), passes, work)
+            share = float((reading / times.mean(1)).median())
+            rate = work.bytes / (share * seconds)
+        self.record(seconds, means.quantile(0.1).item(), means.quantile(0.9).item(), passes, work, rate)
         if positions and len(positions) > 1:
             parts = list(zip(positions, times.median(0).values.tolist(), strict=True))
             bins = [parts[i * len(parts) // 32 : (i + 1) * len(parts) // 32] for i in range(32)]
@@ -232,13 +232,15 @@ class Measure:
         self.facts["held_bytes"] = nbytes
         self.save()
 
-    def record(self, seconds: float, low: float, high: float, passes: int, work: Work | None = None) -> None:
+    def record(
+        self, seconds: float, low: float, high: float, passes: int, work: Work | None, rate: float | None
+    ) -> None:
+        """rate: bytes/s of reading while the case ran, if that was measured."""
         self.facts |= {"seconds": seconds, "low": low, "high": high, "passes": passes}
         self.facts["peak_bytes"] = max(0, device.peak() - self.held)
         if work:
             limits = self.store.limits()
-            if "share" in self.facts:  # of reading, while it was measured
-                rate = work.bytes / (self.facts["share"] * seconds)
+            if rate:
                 self.facts["read"] = limits["read"] = {str(int(work.bytes)): rate}
             elif not device.ON_GPU:
                 self.facts["read"] = limits["read"] = device.read_rates_now(work.bytes)

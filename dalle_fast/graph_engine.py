@@ -8,6 +8,7 @@ device; whoever reads the logits or the tokens decides when to.
 from __future__ import annotations
 
 import logging
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any, Generic, NamedTuple, TypeVar, cast
 
@@ -82,7 +83,7 @@ class GraphEngine:
                 self.config, len(text), candidates, chunk=self.chunk, dtype=weight.dtype, fp8_tails=self.fp8_tails,
                 device=weight.device,
             )  # fmt: skip
-            self._x = torch.empty(self.cache.batch, self.config.dim, dtype=weight.dtype, device=weight.device)
+            self._x = self._inputs()
         with backends.use(self.backend):
             return at_least_float32(self.model.prefill(text.to(weight.device), self.cache))
 
@@ -102,8 +103,7 @@ class GraphEngine:
         self._steps.clear()  # the tails move
         self._ahead = None
         self._cache().fork(candidates)
-        weight = self.model.image_embedding.weight
-        self._x = torch.empty(self._cache().batch, self.config.dim, dtype=weight.dtype, device=weight.device)
+        self._x = self._inputs()
 
     def nbytes(self) -> int:
         return 0 if self.cache is None else self.cache.nbytes()
@@ -157,6 +157,9 @@ class GraphEngine:
         self._ahead = drawn.tokens
         return drawn
 
+    def _inputs(self) -> Tensor:
+        return self.model.image_embedding.weight.new_empty(self._cache().batch, self.config.dim)
+
     def _feeds(self, n: int) -> _Feed:
         step = self._steps.get(n) or self._keep(n, _Feed(self, n))
         assert isinstance(step, _Feed)
@@ -189,7 +192,7 @@ class DrawSettings(NamedTuple):
     seed: int
 
 
-class _Recorded(Generic[Result]):
+class _Recorded(ABC, Generic[Result]):
     """Work without a host synchronisation on a GPU, recorded as one graph; where nothing is captured it runs as it is, which
     is also what tests do where there is no GPU. `moved`: what the work reads and overwrites, and must stand as it was when
     the graph is first replayed."""
@@ -200,8 +203,9 @@ class _Recorded(Generic[Result]):
         self.result: Result | None = None
         self.moved = (self.cache.position, *moved)
 
+    @abstractmethod
     def work(self) -> Result:
-        raise NotImplementedError
+        """What is recorded."""
 
     def replay(self) -> Result:
         if not self.engine.capture:

@@ -103,14 +103,13 @@ def draw(
             continue
         if waiting:  # the last token drawn and the known ones after it, at once
             last = torch.cat(waiting, dim=1) if len(waiting) > 1 else waiting[0]
-            both = torch.cat([last, last]) if guided else last  # [B, k]
             if isinstance(engine, DrawingEngine):
                 if last.shape[1] > 1:
-                    engine.feed(both[:, :-1])
+                    engine.feed(_of_batch(last[:, :-1], guided))
                 forced = None if host[j] < 0 else given[j].expand(n)
                 ahead = engine.sample(last[:, -1], candidates, given=forced, **how)
             else:
-                logits = engine.feed(both)
+                logits = engine.feed(_of_batch(last, guided))
         if ahead is not None:
             tokens, log_p = ahead.tokens, ahead.log_p
         else:
@@ -123,6 +122,11 @@ def draw(
         j += 1
     for i in range(j, config.cells):
         yield i, given[i].expand(n), nothing
+
+
+def _of_batch(tokens: Tensor, guided: bool) -> Tensor:
+    """[N, k] -> [B, k]: with guidance, the empty caption's sequences get the same tokens."""
+    return torch.cat([tokens, tokens]) if guided else tokens
 
 
 def _draw(engine: Engine, logits: Tensor, candidates: Tensor, settings: SamplingSettings, place: Tensor) -> Tensor:

@@ -1,5 +1,5 @@
-// decode_attention's inner loop, for any vector width: queries of one head and prompt against the shared prefix, each
-// then against its own tail. Scores first, then softmax, then values: every key and value is read once, and up to four
+// The inner loop of attention, for any vector width: queries of one head and prompt against the shared prefix, each
+// then against its own tail. Scores first, then softmax, then values: every key and value is read once, and up to eight
 // queries share each read of the prefix. A query's sums run in an order that does not depend on its neighbours in the batch.
 #pragma once
 

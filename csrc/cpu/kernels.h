@@ -54,7 +54,7 @@ struct AttentionRow {  // one query of one head
   const void* tail_v;
   const int32_t* slots;  // [count]
   int32_t count;
-  int32_t prefix_len;  // how many of the prefix's keys it sees
+  int32_t prefix_len;    // how many of the prefix's keys it sees
   float* lse = nullptr;  // log-sum-exp of the scaled scores, if it is asked for
 };
 
