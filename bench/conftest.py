@@ -10,6 +10,7 @@ pytest bench --benchmark-disable           every case once, at a toy size: does 
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import os
@@ -187,27 +188,37 @@ class Measure:
 
     def __call__(
         self, run: Callable[[], Any], *, work: Work | None = None, positions: list[int] | None = None, passes: int = 5,
-        setup: Callable[[], None] | None = None, calls: int = 1, warmup: int = 1,
+        setup: Callable[[], None] | None = None, calls: int = 1, warmup: int = 1, against: Callable[[], float] | None = None,
     ) -> None:  # fmt: skip
         """Times `passes` passes over `positions` (default: one), each a round after `setup`, and records the median of the
         passes' means, with their 10 % and 90 % quantiles. calls: how often a round does what is measured.
 
-        Where the caches hold next to nothing of what a CPU must read, memory is read before every round too, and a pass is
-        compared with what it gave then: where others share it, that changes within seconds."""
-        rounds = passes * len(positions or [0])
+        A CPU's memory and cores may be shared with others, and what they leave changes within seconds. So what a case is
+        compared with is measured beside it: `against` plays what its column is held against for a moment and returns seconds
+        a call, before each pass and after the last, for the ratio; and where the caches hold next to nothing of what must be
+        read, memory is read before every round, for the share."""
+        a_pass = len(positions or [0])
+        rounds = passes * a_pass
         rates: list[float] = []
-        reader, first = self.reader, setup
-        if reader and work and work.bytes >= reader.nbytes:
+        beside: list[float] = []
+        reader = self.reader if self.reader and work and work.bytes >= self.reader.nbytes else None
+        count = itertools.count(-warmup)
 
-            def setup() -> None:
-                if first:
-                    first()
+        def prepare() -> None:
+            at = next(count)
+            if against and at >= 0 and at % a_pass == 0:
+                beside.append(against())
+            if setup:
+                setup()
+            if reader:
                 rates.append(reader())
 
         if not self.small:
             device.wait_for_quiet(BUSY, self.store.wait)
         others = device.Others()
-        self.benchmark.pedantic(run, setup=setup, rounds=rounds, warmup_rounds=warmup)
+        self.benchmark.pedantic(run, setup=prepare, rounds=rounds, warmup_rounds=warmup)
+        if against:
+            beside.append(against())
         if self.small:
             return
         times = torch.tensor(self.benchmark.stats.stats.data, dtype=torch.float64).view(passes, -1) / calls
@@ -219,6 +230,10 @@ class Measure:
             reading = work.bytes / torch.tensor(rates[-rounds:], dtype=torch.float64).view(passes, -1).mean(1)
             share = float((reading / times.mean(1)).median())
             rate = work.bytes / (share * seconds)
+        if beside:
+            around = torch.tensor(list(itertools.pairwise(beside)), dtype=torch.float64).mean(1)
+            ratios = times.mean(1) / around
+            self.facts |= {"ratio": float(ratios.median()), "ratios": [float(ratios.min()), float(ratios.max())]}
         self.record(seconds, means.quantile(0.1).item(), means.quantile(0.9).item(), passes, work, rate)
         if positions and len(positions) > 1:
             parts = list(zip(positions, times.median(0).values.tolist(), strict=True))

@@ -52,9 +52,21 @@ def value(record: Record) -> float | None:
     return found
 
 
-def baseline(records: list[Record]) -> float | None:
+def baseline(records: list[Record]) -> Record | None:
     """Of one column: our best that does not quantize, which all others are held against."""
-    return min((x for r in records if ours(r) and r["dtype"] not in QUANTIZED and (x := value(r))), default=None)
+    mine = [r for r in records if ours(r) and r["dtype"] not in QUANTIZED and value(r)]
+    return min(mine, key=lambda r: value(r) or 0.0, default=None)
+
+
+def ratio(one: Record, other: Record) -> float | None:
+    """How many times as long (or as large) as the other: by what all of their column was measured in turns with, if both
+    were, else by their times, which may lie hours apart. None if one has not run."""
+    if not (value(one) and value(other)):
+        return None
+    together = (one["case"], one["column"]) == (other["case"], other["column"])
+    if together and "ratio" in one and "ratio" in other:
+        return float(one["ratio"] / other["ratio"])
+    return float(value(one) or 0.0) / float(value(other) or 1.0)
 
 
 def grouped(data: Data) -> dict[str, list[Record]]:
@@ -71,8 +83,8 @@ def ratios(data: Data) -> dict[str, float]:
     for title, records in grouped(data).items():
         for record in records:
             base = baseline([r for r in records if r["column"] == record["column"]])
-            if base and (own := value(record)):
-                found[f"{title}, {record['column']}: {record['contender']} {record['dtype']}"] = own / base
+            if base and (times := ratio(record, base)):
+                found[f"{title}, {record['column']}: {record['contender']} {record['dtype']}"] = times
     return found
 
 
@@ -90,14 +102,14 @@ def digits(x: float) -> str:
     return f"{x:.0f}" if x >= 100 else f"{x:.1f}" if x >= 10 else f"{x:.2f}"
 
 
-def cell(record: Record | None, base: float | None) -> str:
+def cell(record: Record | None, base: Record | None) -> str:
     if record is None:
         return ""
     if (own := value(record)) is None:
         return "skipped" if "skipped" in record else "**failed**"
     parts = []
-    if base and own != base:
-        parts.append(f"{digits(own / base)}×")
+    if base and base is not record and (times := ratio(record, base)):
+        parts.append(f"{digits(times)}×")
     if "share" in record:
         parts.append(f"{100 * record['share']:.0f} %")
     amount = seconds(own) if "seconds" in record else size(own)
@@ -183,7 +195,7 @@ def figure(expression: str, results: list[Data]) -> str:
         if value(one) is None or (right and value(other) is None):
             continue
         if right:
-            text = f"{digits(float(value(one) or 0) / float(value(other) or 1))}×"
+            text = f"{digits(ratio(one, other) or 0.0)}×"
         elif entry == "share":
             text = f"{100 * one['share']:.0f} %"
         elif entry:

@@ -49,14 +49,19 @@ def wanted(
     return tuple(x.to(DEVICE) for x in qkv), grad.to(DEVICE), (out.detach(), *grads)
 
 
+def why_not(backend: str, backward: bool, dtype: torch.dtype, dim: int) -> str | None:
+    """None if a backend of ours computes this here, else the reason."""
+    needed = ("sparse_attention", *(["sparse_attention_backward"] if backward else []))
+    return next((r for op in needed if (r := backends.why_not(backend, Call(op, DEVICE.type, dtype, dim)))), None)
+
+
 def attention(contender: str, mask: Mask, backward: bool, q: Tensor, k: Tensor, v: Tensor) -> Attention:
     """The contender's function, or the case is skipped with the reason why it has none."""
     kind, _, how = contender.partition(" ")
     if kind == "dalle_fast,":
         backend = how.split()[0]
-        for op in ("sparse_attention", *(["sparse_attention_backward"] if backward else [])):
-            if reason := backends.why_not(backend, Call(op, DEVICE.type, q.dtype, q.shape[-1])):
-                pytest.skip(reason)
+        if reason := why_not(backend, backward, q.dtype, q.shape[-1]):
+            pytest.skip(reason)
 
         def ours(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             with backends.use(backend):
@@ -73,6 +78,27 @@ def attention(contender: str, mask: Mask, backward: bool, q: Tensor, k: Tensor, 
         bias = torch.zeros(allowed.shape, dtype=q.dtype, device=DEVICE).masked_fill_(~allowed, -torch.inf)
         return lambda q, k, v: sdpa.attention(backend, q, k, v, bias)
     return flex.Flex(mask, "permuted" in how, q, k, v)
+
+
+def batch_of(attend: Attention, q: Tensor, k: Tensor, v: Tensor, grad: Tensor | None) -> Batch:
+    """Two sets of inputs like q, k and v; backward too if there is a gradient of the output."""
+
+    def run(q: Tensor, k: Tensor, v: Tensor) -> None:
+        out = attend(q, k, v)
+        if grad is not None:
+            torch.autograd.grad(out, (q, k, v), grad)
+
+    return Batch(
+        run, [tuple(torch.randn_like(x).requires_grad_(grad is not None) for x in (q, k, v)) for _ in range(2)]
+    )
+
+
+@lru_cache(maxsize=1)
+def beside(mask: Mask, backward: bool, shape: tuple[int, ...], dtype: torch.dtype) -> tuple[str, Batch]:
+    """Our first contender, which the others are measured in turns with."""
+    (q, k, v), grad, _ = wanted(str(mask), shape, dtype)
+    contender = f"dalle_fast, {next(b for b in OURS if not why_not(b, backward, dtype, shape[-1]))} backend"
+    return contender, batch_of(attention(contender, mask, backward, q, k, v), q, k, v, grad if backward else None)
 
 
 def marks(contender: str) -> list[pytest.MarkDecorator]:
@@ -111,11 +137,10 @@ def test_sparse_attention(
     for result, value in zip(results, expected, strict=False):
         measure.check(restore(result), value, BOUND[name])
 
-    def run(q: Tensor, k: Tensor, v: Tensor) -> None:
-        out = attend(q, k, v)
-        if backward:
-            torch.autograd.grad(out, (q, k, v), grad)
-
-    sets = [tuple(torch.randn_like(x).requires_grad_(backward) for x in (q, k, v)) for _ in range(2)]
+    batches, against = batch_of(attend, q, k, v, grad if backward else None), None
+    if not ON_GPU:
+        first, ours = beside(mask, backward, (batch, heads, layout.total, dim), dtype)
+        measure.facts |= {"ratio": 1.0} if contender == first else {}
+        against = None if contender == first else ours.seconds
     least = work.attention(mask, batch, heads, dim, name, backward)
-    measure(Batch(run, sets), work=least, passes=10, calls=len(sets))
+    measure(batches, work=least, passes=10, calls=batches.calls, against=against)

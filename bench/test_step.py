@@ -16,7 +16,7 @@ from torch import Tensor
 
 from bench import work
 from bench.conftest import Measure
-from bench.device import DEVICE, ON_GPU
+from bench.device import DEVICE, ON_GPU, clock
 from bench.peers import Stepper, dalle_pytorch, dense, rows, rudalle
 from bench.subjects import MAKERS, Subject
 from dalle_fast import cpu_engine
@@ -128,6 +128,28 @@ TITLES = {
 }
 
 
+class Beside:
+    """Our first contender, which the others of its column are measured in turns with. Called, it plays a whole picture and
+    returns seconds a step."""
+
+    def __init__(self, architecture: str, batch: int, small: bool) -> None:
+        self.contender, self.dtype = OURS[0]
+        if self.contender is ours_cpu and cpu_engine.why_not(subject(architecture, small).config, self.dtype):
+            self.contender, self.dtype = ours_torch, "float32"
+        self.stepper = self.contender(subject(architecture, small), self.dtype, batch)
+        self.steps = subject(architecture, small).config.cells - 1
+
+    def __call__(self) -> float:
+        self.stepper.seek(0)
+        start = clock()
+        for _ in range(self.steps):
+            self.stepper.step()
+        return (clock() - start) / self.steps
+
+
+beside = lru_cache(maxsize=1)(Beside)
+
+
 def cases() -> list[object]:
     params = []
     for batch in (1, 8, 32):
@@ -150,7 +172,10 @@ def test_step(architecture: str, batch: int, contender: Contender, dtype: str, m
     s = subject(architecture, measure.small)
     measure.describe(TITLES[architecture], f"batch {batch}", NAMES[contender], dtype, batch=batch)
     stepper = contender(s, dtype, batch)
-    time_steps(measure, s, stepper, dtype, batch)
+    against = None if ON_GPU else beside(architecture, batch, measure.small)
+    if against and (against.contender, against.dtype) == (contender, dtype):
+        measure.facts["ratio"], against = 1.0, None
+    time_steps(measure, s, stepper, dtype, batch, against)
     measure.facts["cache_bytes"] = stepper.nbytes()
     measure.save()
 
@@ -179,7 +204,9 @@ def test_generate_images(batch: int, dtype: str, measure: Measure) -> None:
     measure(stepper.step, positions=positions, passes=1, setup=lambda: stepper.seek(next(turn)), warmup=0)
 
 
-def time_steps(measure: Measure, s: Subject, stepper: Stepper, dtype: str, batch: int) -> None:
+def time_steps(
+    measure: Measure, s: Subject, stepper: Stepper, dtype: str, batch: int, against: Callable[[], float] | None
+) -> None:
     """Checks the logits at the cells of the subject, then times; what is played while timing is checked as well."""
     for cell in s.cells[:-2] if stepper.positions is None and not measure.small else s.cells:
         stepper.seek(cell)
@@ -202,4 +229,5 @@ def time_steps(measure: Measure, s: Subject, stepper: Stepper, dtype: str, batch
         last[1] = stepper.step()
 
     passes = getattr(stepper, "passes", 1 if batch > 8 else 3)
-    measure(run, work=work.step(s.config, batch, dtype), positions=positions, passes=passes, setup=setup, warmup=0)
+    least = work.step(s.config, batch, dtype)
+    measure(run, work=least, positions=positions, passes=passes, setup=setup, warmup=0, against=against)

@@ -17,6 +17,7 @@ sys.path.append(str(Path(__file__).resolve().parent.parent))  # bench/ is not in
 
 from bench import device, report, work
 from bench.device import describe, floor
+from dalle_fast import cpu_backend
 from dalle_fast.config import ModelConfig
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -97,6 +98,29 @@ def test_large_cases_are_compared_with_what_memory_gave_meanwhile(tmp_path: Path
     middle = record["bytes"] / 1e6 / record["seconds"]  # of evenly many passes not quite the middle share
     assert record["share"] == pytest.approx(middle, rel=0.2)
     assert record["limit_seconds"] == pytest.approx(record["share"] * record["seconds"])
+
+
+def test_a_ratio_is_measured_in_turns(tmp_path: Path) -> None:
+    """Where everything takes ten times as long for a while, a ratio does not change, nor does that of the case itself."""
+    (tmp_path / "slow_machine.py").write_text(
+        "import time\nfrom bench import device\ndevice.Clock.__call__ = lambda self: 10 * time.perf_counter()\n"
+    )
+    limits = {"read": {"1000000": 1e10}, "copy": 1e10, "matmul": {"bfloat16": 1e11, "float32": 1e11}}
+    found = {}
+    for name in ("usual", "slow"):
+        path = tmp_path / f"{name}.json"
+        path.write_text(json.dumps({"machine": describe(), "limits": limits, "cases": {}}))
+        plugin = [] if name == "usual" else ["-p", "slow_machine"]
+        done = bench(*plugin, "--all", "--results", str(path), folder=tmp_path, what=CASE)
+        assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-1000:]
+        (found[name],) = json.loads(path.read_text())["cases"].values()
+    usual, slow = found["usual"], found["slow"]
+    assert slow["seconds"] > 4 * usual["seconds"]
+    if cpu_backend.kernels_why_not():  # then the torch backend is what others are measured with
+        assert usual["ratio"] == slow["ratio"] == 1.0
+    else:
+        assert 0.4 < slow["ratio"] / usual["ratio"] < 2.5 and usual["ratio"] != 1.0
+        assert usual["ratios"][0] <= usual["ratio"] <= usual["ratios"][1]
 
 
 def test_runs_of_a_case_are_joined_by_their_median(tmp_path: Path) -> None:
@@ -186,6 +210,21 @@ def test_two_runs_disagree_beyond_15_percent() -> None:
     assert report.disagree(one, two) == []
     two["cases"]["f.py::c"]["seconds"] *= 1.1
     assert report.disagree(one, two) == ["A step of x: y, batch 1: peer float32: 5.00 and 6.05"]
+
+
+def test_ratios_measured_in_turns_count_before_those_of_times() -> None:
+    found = data()
+    found["cases"]["f.py::c"]["ratio"] = 7.5
+    assert report.ratios(found)["A step of x: y, batch 1: peer float32"] == pytest.approx(5.0)  # of what? ours has none
+    found["cases"]["f.py::a[1]"]["ratio"] = 1.0
+    assert report.ratios(found)["A step of x: y, batch 1: peer float32"] == 7.5
+    assert "| peer | float32 | 1.00 ms (7.50×, 10 %) |" in report.tables([{**found, "cases": {
+        name: record for name, record in found["cases"].items() if not name.endswith("::d")
+    }}])  # fmt: skip
+    found["cases"]["f.py::b"]["ratio"] = 0.5
+    assert report.filled("<!-- figure: c / b --><!-- /figure -->", [found]).count("15.0×") == 1
+    found["cases"]["f.py::a[2]"]["ratio"] = 1.0  # of another column, which other turns were measured with
+    assert report.filled("<!-- figure: a[2] / a[1] --><!-- /figure -->", [found]).count("2.00×") == 1
 
 
 def test_report_with_plots(tmp_path: Path) -> None:
