@@ -147,7 +147,9 @@ class DalleModel(nn.Module):
         if self.config.positions != "learned":
             return x
         place = first + self.first_place + torch.arange(tokens.shape[1], device=tokens.device)
-        return x + self.row_positions[place // self.config.width] + self.column_positions[place % self.config.width]
+        # Not by indexing, whose gradient adds up in an order of its own on several threads of a CPU.
+        rows = F.embedding(place // self.config.width, self.row_positions)
+        return x + rows + F.embedding(place % self.config.width, self.column_positions)
 
     def image_logits(self, x: Tensor) -> Tensor:
         """[..., d] after the blocks -> [..., image_vocab]; only the image rows of the joint head are computed."""

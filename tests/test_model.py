@@ -101,6 +101,23 @@ def test_a_model_learns():
     assert losses[-1] < losses[0] / 2
 
 
+def test_a_gradient_is_the_same_every_time():
+    """To the bit, on several threads: a seed decides a training."""
+    torch.manual_seed(1)
+    model = DalleModel(ModelConfig.preset("tiny", dim=64, height=32, width=32))
+    text, image = tokens(model.config)
+    before, found = torch.get_num_threads(), []
+    torch.set_num_threads(2)
+    try:
+        for _ in range(6):
+            model.zero_grad()
+            model.loss(text, image).backward()
+            found.append({name: p.grad.clone() for name, p in model.named_parameters()})
+    finally:
+        torch.set_num_threads(before)
+    assert not [name for grads in found[1:] for name, grad in grads.items() if not torch.equal(grad, found[0][name])]
+
+
 def test_token_shift_by_hand():
     layout = ModelConfig.preset("tiny", height=3, width=4, caption_len=5).layout
     x = torch.randn(2, layout.total, 8)
