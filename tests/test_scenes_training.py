@@ -77,6 +77,24 @@ def test_transformer(monkeypatch, tmp_path, capsys) -> None:
     assert "12 sequences seen" in capsys.readouterr().out
 
 
+def test_shades_are_shared() -> None:
+    """What sets a plain colour apart from its colour and its shade shrinks; nothing else moves."""
+    model = DalleModel(train_transformer.config_of(64, 1, 8))
+    count, first = len(grammar.COLOURS), model.config.text_logits
+    shades = len(render.SHADES)
+    for name, start in (("image_embedding.weight", 0), ("head.weight", first)):
+        weight = model.get_parameter(name)
+        before = weight.detach().clone()
+        train_transformer.share_shades(model, 0.3)
+        old, new = (x[start : start + count * shades].view(count, shades, -1) for x in (before, weight.detach()))
+        apart = [x - x.mean(0) - x.mean(1, keepdim=True) + x.mean((0, 1)) for x in (old, new)]
+        torch.testing.assert_close(apart[1], 0.7 * apart[0])
+        torch.testing.assert_close(new.mean(0), old.mean(0))
+        torch.testing.assert_close(new.mean(1), old.mean(1))
+        assert torch.equal(weight[start + count * shades :], before[start + count * shades :])
+        assert torch.equal(weight[:start], before[:start])
+
+
 def test_dvae(monkeypatch, tmp_path) -> None:
     options = "--steps 4 --batch 2 --scenes 6 --hidden 8 --device cpu"
     monkeypatch.setattr(train_dvae, "quality", lambda *args: (0.0, 0.0))
@@ -100,6 +118,7 @@ def test_transformer_in_a_process_group(monkeypatch, tmp_path) -> None:
     a, b = (DalleModel.load(tmp_path / name).state_dict() for name in "ab")
     assert all(torch.equal(tensor, b[name]) for name, tensor in a.items())
     tiny_rates = "--lr 1e-9 --matrix-lr 1e-9"
+    monkeypatch.setattr(train_transformer, "SHARING", 0.0)
     run(monkeypatch, train_transformer, tmp_path / "c", f"{options} {tiny_rates} --init {tmp_path / 'a'}")
     c = DalleModel.load(tmp_path / "c").state_dict()
     assert all(torch.allclose(c[name], a[name], atol=1e-3) for name in a if "text" not in name and "head" not in name)

@@ -77,6 +77,13 @@ class Batches(Dataset):
         return text, torch.stack(codes)
 
 
+def working_type(device: str) -> torch.dtype:
+    """What training computes in, beside float32 weights: bfloat16, but float32 on a CPU without instructions for it, where
+    PyTorch's products in bfloat16 take a hundred times as long."""
+    slow = torch.device(device).type == "cpu" and not torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return torch.float32 if slow else torch.bfloat16
+
+
 def seed_everything(seed: int) -> None:
     random.seed(seed)
     np.random.seed(seed)  # noqa: NPY002

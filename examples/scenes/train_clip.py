@@ -26,7 +26,7 @@ from transformers import CLIPConfig, CLIPModel, PreTrainedTokenizerFast
 from dalle_fast.ranking import MEAN, STD
 
 from . import checker, draw_for_clip, render
-from .data import seed_everything
+from .data import seed_everything, working_type
 from .draw_for_clip import Drawn
 from .grammar import (
     BLOCK_SHAPES,
@@ -336,7 +336,7 @@ def main() -> None:
                 group["lr"] = lr * scale
         batch = Batch(step, args.groups, args.seed, drawn)
         tokens = tokenizer(batch.texts, padding=True, return_tensors="pt")
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast("cpu", torch.bfloat16, working_type("cpu") == torch.bfloat16):
             images, texts = model.embed(batch.pixels, tokens)
         contrast, missed = model.losses(images, texts, batch)
         model.zero_grad()

@@ -24,7 +24,7 @@ from tqdm import tqdm
 from dalle_fast.images import DVAE, DVAEConfig, logit_laplace_loss, map_pixels, unmap_pixels
 
 from . import render
-from .data import SHARES
+from .data import SHARES, working_type
 from .grammar import FAMILIES, sample_scene
 from .steady_codes import Codebook, to_tensor
 
@@ -134,7 +134,7 @@ def main() -> None:
             group["lr"] = args.lr * min(1.0, (step + 1) / 200, 2 * (1 - progress) ** 1.0)
         x, codes = (y.to(args.device) for y in batch_of(data, step, args.batch, args.seed))
         noise = torch.Generator(args.device).manual_seed(args.seed * 1_000_003 + step)
-        with torch.autocast(args.device, torch.bfloat16):
+        with torch.autocast(args.device, torch.bfloat16, working_type(args.device) == torch.bfloat16):
             loss, figures = loss_of(model, x, codes, len(codebook.colours), progress, noise)
         optimizer.zero_grad()  # with no gradient at all, AdamW leaves the encoder alone
         loss.backward()

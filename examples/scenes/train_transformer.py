@@ -4,7 +4,8 @@
 which take it to zero: a run may be prolonged by resuming its checkpoint with more `--steps`. Until the last
 `--long-text` steps the text section has 32 positions, which every caption of the grammar fits into and which saves a
 third of the work; then the model gets its 256. Matrices learn by Muon, everything else by AdamW. Weights are float32,
-arithmetic is bfloat16. Under `torchrun --nproc-per-node N` each of N processes takes its part of every batch.
+arithmetic is bfloat16 where the device has it. Under `torchrun --nproc-per-node N` each of N processes takes its part of
+every batch.
 """
 
 from __future__ import annotations
@@ -26,13 +27,18 @@ from dalle_fast.config import ModelConfig
 from dalle_fast.model import DalleModel
 from dalle_fast.passes import FullPass, Pass
 
-from .data import TEXT_VOCAB, Batches, seed_everything, train_tokenizer
+from .data import TEXT_VOCAB, Batches, seed_everything, train_tokenizer, working_type
+from .grammar import COLOURS
+from .render import SHADES
 from .steady_codes import Codebook
 from .tiled_attention import TiledPass
 
 SHORT_TEXT, TEXT = 32, 256
 PAD_STEPS = 60  # in which the pads that join at the end are learnt, alone
 REPEAT_WEIGHT = 0.2  # of a code equal to both its left and its upper neighbour: most of a picture, and soon certain
+SHARING = (
+    0.02  # of what sets a plain colour's vector apart from colour + shade, taken away at every step at the full rate
+)
 
 
 def config_of(dim: int, layers: int, caption_len: int) -> ModelConfig:
@@ -97,7 +103,7 @@ def settle_pads(model: DalleModel, data: Batches, run: Pass, known: int, device:
     224 copies of a pad take most of the attention: at step 800 the image loss rose from 0.026 to 0.5 nats a token or more
     with them, and fell to 0.037 with the vector learnt in 60 steps. Then the decay has nothing to repair.
     """
-    fast = copy.deepcopy(model).to(device).bfloat16().requires_grad_(False)
+    fast = copy.deepcopy(model).to(device, working_type(device)).requires_grad_(False)
     positions = fast.text_positions.requires_grad_(True)
     start = positions.detach().float()[known:]
     shift = torch.zeros(model.config.dim, device=device, requires_grad=True)
@@ -114,6 +120,24 @@ def settle_pads(model: DalleModel, data: Batches, run: Pass, known: int, device:
         optimizer.step()
     with torch.no_grad():
         model.text_positions[known:] += shift.to(model.text_positions.device)
+
+
+@torch.no_grad()
+def share_shades(model: DalleModel, rate: float) -> None:
+    """Moves what the model knows of each plain colour, [colours, shades, dim], towards a sum: one vector a colour, one a shade.
+
+    A cube's side is its front in a darker shade. Seven colours of cubes taught each dark code of its own, and the side of
+    the eighth, which no cube of the training has, came out in the seven others' codes; a sum of what it has in common with
+    them and of its colour is the right one.
+    """
+    codes = len(COLOURS) * len(SHADES)
+    for name, weight in model.named_parameters():
+        if name in ("image_embedding.weight", "head.weight"):
+            first = model.config.text_logits if name == "head.weight" else 0
+            rows = weight[first : first + codes]
+            table = rows.view(len(COLOURS), len(SHADES), -1)
+            summed = table.mean(0, keepdim=True) + table.mean(1, keepdim=True) - table.mean((0, 1), keepdim=True)
+            rows.lerp_(summed.reshape(rows.shape), rate)
 
 
 def losses(model: DalleModel, text: Tensor, image: Tensor, run: Pass) -> tuple[Tensor, Tensor, Tensor]:
@@ -138,13 +162,14 @@ def losses(model: DalleModel, text: Tensor, image: Tensor, run: Pass) -> tuple[T
 
 
 class Training:
-    """Float32 weights, their bfloat16 working copy, and the two optimizers."""
+    """Float32 weights, their working copy (bfloat16, see working_type), and the two optimizers."""
 
     def __init__(self, model: DalleModel, device: str, lr: float, matrix_lr: float, weight_decay: float) -> None:
         self.rates = (lr, matrix_lr, weight_decay)
         self.model, self.device = model.to(device), device
-        self.fast = copy.deepcopy(self.model).bfloat16()
-        self.run: Pass = TiledPass(model.masks, torch.bfloat16) if device == "cpu" else FullPass(model.masks, None)
+        dtype = working_type(device)
+        self.fast = copy.deepcopy(self.model).to(dtype)
+        self.run: Pass = TiledPass(model.masks, dtype) if device == "cpu" else FullPass(model.masks, None)
         matrices = [p for p in self.model.blocks.parameters() if p.ndim == 2]
         chosen = {id(p) for p in matrices}
         rest = [p for p in self.model.parameters() if id(p) not in chosen]
@@ -172,6 +197,7 @@ class Training:
             for group in optimizer.param_groups:
                 group["lr"] = lr * scale
             optimizer.step()
+        share_shades(self.model, SHARING * scale)
         return float(text_loss), float(image_loss)
 
     def longer(self, data: Batches) -> Training:
