@@ -42,7 +42,8 @@ void Engine::encode(const PackedLinear& weight, const float* x, long begin, long
   const int n = weight.view().inputs;
   for (long row = begin; row < end; ++row) {
     const int64_t width = round_up(n, kPadding);
-    if (n < width && e.encoding != Encoding::split16) {  // the padding may hold another layer's numbers
+    const bool integers = e.encoding == Encoding::split16 || e.encoding == Encoding::int16;  // write zeros themselves
+    if (n < width && !integers) {  // the padding may hold another layer's numbers
       const size_t size = e.encoding == Encoding::float32 ? 4 : 2;
       std::memset(e.data + row * e.row_bytes + n * size, 0, static_cast<size_t>(width - n) * size);
     }

@@ -27,16 +27,17 @@ struct PackedWeight {
 };
 
 // How rows of activations are handed to a weight of some type.
-enum class Encoding { float32, bfloat16, split16 };
+enum class Encoding { float32, bfloat16, split16, int16 };
 
-// split16: x = step * (256 hi + lo), both int8; of every 4 inputs first the hi, then the lo bytes. With that, int8 and int4
-// weights meet 16-bit activations, in exact integer arithmetic, by two byte products.
+// int8 and int4 weights meet 16-bit activations in exact integer arithmetic.
+// split16: x = step * (256 hi + lo), both int8; of every 4 inputs first the hi, then the lo bytes, for two byte products.
+// int16: x = step * q; of every 4 inputs q 0, 2, 1, 3, for products of pairs.
 struct Encoded {
   Encoding encoding;
   uint8_t* data;  // [rows, row_bytes]
   size_t row_bytes;
-  float* step;    // [rows], split16
-  int32_t* sums;  // [rows, sums_per_row], split16: per group of 128 inputs (sum of hi, sum of lo)
+  float* step;    // [rows], of the integers
+  int32_t* sums;  // [rows, sums_per_row], per group of 128 inputs: split16 (sum of hi, sum of lo), int16 (sum of q, 0)
   int sums_per_row;
 };
 

@@ -6,6 +6,8 @@
 #include "cpu/rows_body.h"
 #if defined(__AVX512BF16__)
 #include "cpu/linear_avx512.h"
+#elif defined(__AVX2__)
+#include "cpu/linear_avx2.h"
 #endif
 
 namespace dalle_fast::cpu {
@@ -21,6 +23,8 @@ inline Encoding encoding(DType weight) {
 #if defined(__AVX512BF16__)
   if (weight == DType::bfloat16) return Encoding::bfloat16;
   if (weight == DType::int8 || weight == DType::int4) return Encoding::split16;
+#elif defined(__AVX2__)
+  if (weight == DType::int8 || weight == DType::int4) return Encoding::int16;
 #else
   (void)weight;
 #endif
@@ -31,10 +35,13 @@ inline void linear(const PackedWeight& w, const Encoded& x, int rows, int begin,
                    float* scratch) {
 #if defined(__AVX512BF16__)
   if (w.type == DType::bfloat16) return call_linear(bf16_panels, w, x, rows, begin, end, out, scratch);
+#else
+  if (w.type == DType::bfloat16) return call_linear(float_panels<Bf16Weight>, w, x, rows, begin, end, out, scratch);
+#endif
+#if defined(__AVX2__)
   if (w.type == DType::int8) return call_linear(int8_panels, w, x, rows, begin, end, out, scratch);
   if (w.type == DType::int4) return call_linear(int4_panels, w, x, rows, begin, end, out, scratch);
 #else
-  if (w.type == DType::bfloat16) return call_linear(float_panels<Bf16Weight>, w, x, rows, begin, end, out, scratch);
   if (w.type == DType::int8) return call_linear(float_panels<Int8Weight>, w, x, rows, begin, end, out, scratch);
   if (w.type == DType::int4) return call_linear(float_panels<Int4Weight>, w, x, rows, begin, end, out, scratch);
 #endif
@@ -45,6 +52,8 @@ inline void encode(const float* x, int n, int row, const Encoded& out) {
 #if defined(__AVX512BF16__)
   if (out.encoding == Encoding::bfloat16) return encode_bf16(x, n, out.data + row * out.row_bytes);
   if (out.encoding == Encoding::split16) return encode_split16(x, n, row, out);
+#elif defined(__AVX2__)
+  if (out.encoding == Encoding::int16) return encode_int16(x, n, row, out);
 #endif
   encode_float(x, n, out.data + row * out.row_bytes);
 }
