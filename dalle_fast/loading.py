@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from dalle_fast import backends, cpu_engine, packed_model, weights
+from dalle_fast import backends, cpu_engine, onednn, packed_model, weights
 from dalle_fast.backends import Call
 from dalle_fast.config import ModelConfig
 from dalle_fast.engine import Engine, TorchEngine
@@ -65,6 +65,8 @@ def load_engine(
     kind = gpu_dtype(where, dtype) if where.type == "cuda" else DTYPES.get(dtype, torch.float32)
     if backend != "auto" and (reason := backends.why_not(backend, Call("decode_attention", where.type, kind, 64))):
         raise backends.BackendUnavailable(f"backend {backend!r} cannot run here: {reason}")
+    if where.type == "cpu" and kind == torch.bfloat16 and (reason := onednn.why_not(torch.empty(0, dtype=kind))):
+        log.warning("bfloat16 by PyTorch is slower than float32 here: %s", reason)
     model = DalleModel.load(folder, dtype=kind, device=where)
     if where.type == "cuda" and backend != "reference":  # which looks positions up on the host
         return GraphEngine(model, chunk, backend, fp8_tails=fp8_tails)

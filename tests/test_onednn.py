@@ -4,7 +4,7 @@ import pytest
 import torch
 from helpers import assert_close
 
-from dalle_fast import onednn
+from dalle_fast import loading, onednn
 from dalle_fast.cache import Cache
 from dalle_fast.config import ModelConfig
 from dalle_fast.engine import TorchEngine
@@ -65,3 +65,15 @@ def test_the_engine_uses_it_and_leaves_the_model_alone():
 def test_other_types_are_refused():
     assert "got float16" in onednn.why_not(torch.zeros(1, dtype=torch.float16))
     assert "got weights on meta" in onednn.why_not(torch.zeros(1, device="meta"))
+
+
+@pytest.mark.parametrize("reason", [None, "oneDNN has no bfloat16 on this processor"])
+def test_slow_bfloat16_is_said(reason, tmp_path, monkeypatch, caplog):
+    model_of("paper", torch.float32).save(tmp_path)
+    monkeypatch.setattr(onednn, "why_not", lambda weight: reason)
+    loading.load_engine(tmp_path, device="cpu", dtype="bfloat16", backend="reference")
+    said = "bfloat16 by PyTorch is slower than float32 here: oneDNN has no bfloat16 on this processor"
+    assert (said in caplog.messages) == (reason is not None)
+    caplog.clear()
+    loading.load_engine(tmp_path, device="cpu", dtype="float32", backend="reference")
+    assert caplog.messages == []
