@@ -179,7 +179,8 @@ void attend_rows(const PackedPrefix& prefix, const AttentionRow* rows, int dim, 
     for (int r = 0; r < R; ++r) pair_up(q[r], dim, pairs[r]), q_pairs[r] = pairs[r];
 #endif
   const int64_t blocks = prefix.keys / kKeyBlock;
-  constexpr int together = W < 16 ? 1 : R == 1 ? 8 : R == 8 ? 2 : 4;  // enough sums at a time to hide an addition's latency
+  // Enough sums at a time to hide an addition's latency, and no more than there are registers.
+  constexpr int together = W == 16 ? (R == 1 ? 8 : R == 8 ? 2 : 4) : W == 8 ? 4 / R : 1;
   int64_t block = 0;
   for (; block + together <= blocks; block += together)
     prefix_scores<Bf16, R, together>(prefix.k, block, q, q_pairs, dim, scores);
@@ -219,7 +220,7 @@ void attend_rows(const PackedPrefix& prefix, const AttentionRow* rows, int dim, 
 #endif
   float out[R][kMaxDim];
   int d = 0;
-  constexpr int wide = W == 16 && R < 4 ? 4 : R == 8 ? 1 : 2;
+  constexpr int wide = W == 16 ? (R < 4 ? 4 : R == 8 ? 1 : 2) : W == 8 ? 4 / R : 2;
   for (; d + wide * W <= dim; d += wide * W)
     prefix_values<Bf16, R, wide>(prefix.v, prefix.keys, dim, d, scores, p_pairs, out);
   for (; d < dim; d += W) prefix_values<Bf16, R, 1>(prefix.v, prefix.keys, dim, d, scores, p_pairs, out);
@@ -236,10 +237,10 @@ void attend_all(const PackedPrefix& prefix, const AttentionRow* rows, int count,
   for (int r = 0; r < count; ++r) most = rows[r].count > most ? rows[r].count : most;
   const int64_t row_floats = round_up(prefix.keys + most, kKeyBlock) + kKeyBlock;
   int r = 0;
-  if constexpr (W == 16) {
+  if constexpr (W == 16)
     for (; r + 8 <= count; r += 8) attend_rows<Bf16, 8>(prefix, rows + r, dim, scale, scratch, row_floats);
+  if constexpr (W == 16 || (W == 8 && !Bf16))
     for (; r + 4 <= count; r += 4) attend_rows<Bf16, 4>(prefix, rows + r, dim, scale, scratch, row_floats);
-  }
   for (; r + 2 <= count; r += 2) attend_rows<Bf16, 2>(prefix, rows + r, dim, scale, scratch, row_floats);
   if (r < count) attend_rows<Bf16, 1>(prefix, rows + r, dim, scale, scratch, row_floats);
 }
