@@ -10,8 +10,7 @@ Plots need matplotlib: pip install -e ".[bench]". In a document, what stands bet
 `<!-- /bench -->` is replaced by the tables whose title starts with NAME ("all": every table, "machine": device, date, commit
 and limits), and what stands between `<!-- figure: … -->` and `<!-- /figure -->` by one number: `CASE` is its time (or its
 memory), `CASE / CASE` a ratio of two, `CASE share` its share of the limit, `CASE peak_bytes` that entry of its record, with
-a case as in `test_step[paper-1-ours_cpu-int8]`. Both take the files of bench/results, or with `FOLDER: ` before them those of
-a folder in there, of another machine.
+a case as in `test_step[paper-1-ours_cpu-int8]`.
 """
 
 from __future__ import annotations
@@ -175,20 +174,13 @@ def tables(results: list[Data], name: str = "all") -> str:
 def filled(text: str, results: list[Data]) -> str:
     """A document with its blocks rewritten. Raises ValueError for a block that no table fits."""
 
-    def placed(name: str) -> tuple[str, list[Data]]:
-        folder, colon, rest = name.partition(": ")
-        if colon and (RESULTS / folder).is_dir():
-            return rest, load(sorted((RESULTS / folder).glob("*.json")))
-        return name, results
-
     def block(match: re.Match[str]) -> str:
-        name, mine = placed(match[2])
-        content = tables(mine, name)
+        content = tables(results, match[2])
         if not content:
-            raise ValueError(f"got block {match[2]!r}, expected the start of one of {sorted(grouped(mine[-1]))}")
+            raise ValueError(f"got block {match[2]!r}, expected the start of one of {sorted(grouped(results[-1]))}")
         return f"{match[1]}{content}{match[3]}"
 
-    return FIGURE.sub(lambda m: f"{m[1]}{figure(*placed(m[2]))}{m[3]}", BLOCK.sub(block, text))
+    return FIGURE.sub(lambda m: f"{m[1]}{figure(m[2], results)}{m[3]}", BLOCK.sub(block, text))
 
 
 def figure(expression: str, results: list[Data]) -> str:

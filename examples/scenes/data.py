@@ -10,6 +10,8 @@ import torch
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
 from torch.utils.data import Dataset
 
+from dalle_fast import onednn
+
 from . import render
 from .grammar import FAMILIES, Scene, captions, sample_caption, sample_scene
 from .steady_codes import Codebook
@@ -80,7 +82,7 @@ class Batches(Dataset):
 def working_type(device: str) -> torch.dtype:
     """What training computes in, beside float32 weights: bfloat16, but float32 on a CPU without instructions for it, where
     PyTorch's products in bfloat16 take a hundred times as long."""
-    slow = torch.device(device).type == "cpu" and not torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    slow = torch.device(device).type == "cpu" and onednn.why_not(torch.empty(0, dtype=torch.bfloat16))
     return torch.float32 if slow else torch.bfloat16
 
 

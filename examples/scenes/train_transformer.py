@@ -36,9 +36,7 @@ from .tiled_attention import TiledPass
 SHORT_TEXT, TEXT = 32, 256
 PAD_STEPS = 60  # in which the pads that join at the end are learnt, alone
 REPEAT_WEIGHT = 0.2  # of a code equal to both its left and its upper neighbour: most of a picture, and soon certain
-SHARING = (
-    0.02  # of what sets a plain colour's vector apart from colour + shade, taken away at every step at the full rate
-)
+SHARING = 0.02  # of what sets a colour's shades apart, taken away at every step at the full rate
 
 
 def config_of(dim: int, layers: int, caption_len: int) -> ModelConfig:
