@@ -25,19 +25,27 @@ def require(backend: str, op: str, dtype: torch.dtype, head_dim: int = 64) -> No
 
 
 def assert_close(
-    got: Tensor, plain: Tensor, oracle: Tensor, *, times: float = 2, mean_times: float = 2, what: str = "out"
+    got: Tensor,
+    plain: Tensor | list[Tensor],
+    oracle: Tensor,
+    *,
+    times: float = 2,
+    mean_times: float = 2,
+    what: str = "out",
 ) -> None:
     """The error against the float64 oracle is at most `times` that of plain PyTorch in the same type on the same inputs, in
-    maximum and mean, plus the rounding of the output itself. No tolerance is chosen by hand."""
+    maximum and mean, plus the rounding of the output itself. No tolerance is chosen by hand. Given several results of plain
+    PyTorch, summed in several orders, the worst of them counts: of few numbers one order may be right by luck."""
+    plains = [plain] if isinstance(plain, Tensor) else plain
     assert got.shape == oracle.shape, f"{what}: got {list(got.shape)}, expected {list(oracle.shape)}"
-    assert oracle.dtype == torch.float64 and got.dtype == plain.dtype
+    assert oracle.dtype == torch.float64 and all(got.dtype == one.dtype for one in plains)
     assert bool(got.isfinite().all()), f"{what}: not finite at {(~got.isfinite()).nonzero()[:4].tolist()}"
-    error, allowed = (got.double() - oracle).abs(), (plain.double() - oracle).abs()
+    error, allowed = (got.double() - oracle).abs(), [(one.double() - oracle).abs() for one in plains]
     rounding = torch.finfo(got.dtype).eps * oracle.abs()
-    limit = times * allowed.max() + rounding.max()
+    limit = times * max(one.max() for one in allowed) + rounding.max()
     worst = error.flatten().argmax().item()
     assert error.max() <= limit, f"{what}: error {error.max():.3g} at flat index {worst}, expected at most {limit:.3g}"
-    mean_limit = mean_times * allowed.mean() + rounding.mean()
+    mean_limit = mean_times * max(one.mean() for one in allowed) + rounding.mean()
     assert error.mean() <= mean_limit, f"{what}: mean error {error.mean():.3g}, expected at most {mean_limit:.3g}"
 
 

@@ -19,19 +19,24 @@ CASES = [
     *((1, 1, 1, 1), (1, 2, 1, 8), (1, 3, 1, 56), (2, 1, 1, 9), (1, 4, 2, 62), (4, 2, 1, 30), (1, 16, 1, 12)),
 ]
 
+ORDERS = 4  # of the sums in plain PyTorch
+
 
 def plain_step(q, k, v, prefix_k, prefix_v, tail_k, tail_v, first, mask):
-    """The same step as dense attention over gathered keys, in the inputs' type."""
+    """The same step as dense attention over gathered keys, in the inputs' type, with the sums in each of ORDERS orders."""
     tables, group = mask.decode_tables(tail_k.shape[2]), len(q) // len(prefix_k)
     text_k, text_v = (x.repeat_interleave(group, dim=0) for x in (prefix_k, prefix_v))
-    out = torch.empty_like(q)
+    outs, shuffle = [torch.empty_like(q) for _ in range(ORDERS)], torch.Generator().manual_seed(0)
     for i in range(q.shape[2]):
         slot = int(tables.slot_of_cell[first + i])
         tail_k[:, :, slot], tail_v[:, :, slot] = k[:, :, i], v[:, :, i]
         read = torch.from_numpy(tables.slots[first + i, : tables.counts[first + i]]).long()
         keys, values = torch.cat([text_k, tail_k[:, :, read]], 2), torch.cat([text_v, tail_v[:, :, read]], 2)
-        out[:, :, i] = plain_attention(q[:, :, i : i + 1], keys, values, torch.ones(1, dtype=torch.bool))[:, :, 0]
-    return out
+        for out in outs:
+            d, key = (torch.randperm(count, generator=shuffle) for count in (q.shape[3], keys.shape[2]))
+            one = (q[:, :, i : i + 1][..., d], keys[:, :, key][..., d], values[:, :, key])
+            out[:, :, i] = plain_attention(*one, torch.ones(1, dtype=torch.bool))[:, :, 0]
+    return outs
 
 
 def inputs(mask, prompts, group, n, first, dtype, head_dim, heads=2):
