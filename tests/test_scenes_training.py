@@ -16,6 +16,7 @@ from dalle_fast.images import DVAE
 from dalle_fast.model import DalleModel
 from examples.scenes import (
     checker,
+    data,
     draw_for_clip,
     export,
     grammar,
@@ -127,13 +128,15 @@ def test_transformer_in_a_process_group(monkeypatch, tmp_path) -> None:
 def test_drawn_pictures(monkeypatch, tmp_path) -> None:
     monkeypatch.setattr(draw_for_clip, "SAVE_EVERY", 1)
     whole, killed = tmp_path / "whole.npz", tmp_path / "killed.npz"
-    run(monkeypatch, draw_for_clip, whole, "--captions 2 --n 2 --device cpu")
-    run(monkeypatch, draw_for_clip, killed, "--captions 2 --n 2 --device cpu", (draw_for_clip.checker, "check", 3))
+    options = "--captions 2 --n 2 --device cpu --seed 5 --shares 0 0.5 0.5"
+    run(monkeypatch, draw_for_clip, whole, options)
+    run(monkeypatch, draw_for_clip, killed, options, (draw_for_clip.checker, "check", 3))
     a, b = draw_for_clip.read(whole), draw_for_clip.read(killed)
     for x, y in zip(a, b, strict=True):
         assert (x.pictures == y.pictures).all() and (x.exact == y.exact).all()
         assert x.pictures.shape == (2, 256, 256, 3) and not grammar.is_held_out(x.scene)
         assert [all(checker.check(p, x.scene).values()) for p in x.pictures] == x.exact.tolist()
+        assert x.scene.family != "blocks"
 
 
 @pytest.fixture
@@ -142,16 +145,16 @@ def drawn(tmp_path) -> Path:
     rng = np.random.default_rng(0)
     scenes, captions = zip(*[draw_for_clip.question(i) for i in range(2)], strict=True)
     pictures = [[render.render(s, rng), render.render(grammar.one_attribute_changed(s)[0], rng)] for s in scenes]
-    np.savez(
-        tmp_path / "drawn.npz", pictures=np.array(pictures), exact=np.array([[True, False]] * 2), captions=captions
-    )
+    exact = np.array([[True, False]] * 2)
+    asked = {"captions": captions, "seed": 77, "shares": data.SHARES}
+    np.savez(tmp_path / "drawn.npz", pictures=np.array(pictures), exact=exact, **asked)
     return tmp_path / "drawn.npz"
 
 
-def test_drawn_pictures_of_other_captions_are_refused(monkeypatch, drawn) -> None:
-    monkeypatch.setattr(draw_for_clip, "SHARES", (0.0, 0.0, 1.0))
-    with pytest.raises(ValueError, match=r"drawn\.npz with other captions"):
-        draw_for_clip.read(drawn)
+def test_drawn_pictures_of_other_captions_are_refused(drawn) -> None:
+    for other in ({"shares": (0.0, 0.0, 1.0)}, {"seed": 78}):
+        with pytest.raises(ValueError, match=r"drawn\.npz with other captions"):
+            draw_for_clip.read(drawn, **other)
 
 
 def test_clip_learns_from_drawn_pictures(monkeypatch, drawn) -> None:
@@ -202,3 +205,19 @@ def test_clip_goes_on_from_another_with_its_heads(monkeypatch, tmp_path) -> None
     assert any(name.startswith("heads") for name in a)
     for name, tensor in a.items():
         assert torch.equal(tensor, b[name]), name
+
+
+def test_the_mean_of_two_clips(monkeypatch, tmp_path) -> None:
+    """What --keep saves lies between the start and the end; without --init there is nothing to keep."""
+    options = "--steps 2 --groups 3 --width 64 --layers 1 --text-layers 1 --patch 32"
+    monkeypatch.setattr(train_clip, "quality", lambda *args: {})
+    run(monkeypatch, train_clip, tmp_path / "a", options)
+    run(monkeypatch, train_clip, tmp_path / "b", f"{options} --init {tmp_path / 'a'} --keep 0.25 --seed 1")
+    start, mean = (train_clip.CLIPModel.from_pretrained(str(tmp_path / name)).state_dict() for name in "ab")
+    end = torch.load(tmp_path / "b" / "training.pt", weights_only=True)["model"]
+    for name, tensor in mean.items():
+        wanted = 0.25 * start[name].float() + 0.75 * end[f"clip.{name}"].float()
+        assert torch.allclose(tensor.float(), wanted, rtol=2e-3, atol=1e-4), name
+    assert not torch.equal(start["visual_projection.weight"], mean["visual_projection.weight"])
+    with pytest.raises(SystemExit):
+        run(monkeypatch, train_clip, tmp_path / "c", f"{options} --keep 0.25")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -33,20 +34,23 @@ class Drawn:
     exact: np.ndarray
 
 
-def question(i: int) -> tuple[Scene, str]:
-    """The scene and the caption number i; families in the shares of training."""
-    rng = np.random.default_rng((77, i))
-    scene = sample_scene(rng, FAMILIES[int(rng.choice(len(FAMILIES), p=SHARES))])
+def question(i: int, seed: int = 77, shares: Sequence[float] = SHARES) -> tuple[Scene, str]:
+    """The scene and the caption number i; families in the given shares."""
+    rng = np.random.default_rng((seed, i))
+    scene = sample_scene(rng, FAMILIES[int(rng.choice(len(FAMILIES), p=shares))])
     return scene, sample_caption(scene, rng)
 
 
-def read(path: Path) -> list[Drawn]:
-    """What `main` wrote. Raises ValueError if the captions were others then: a change of the grammar or of SHARES."""
+def read(path: Path, seed: int | None = None, shares: Sequence[float] | None = None) -> list[Drawn]:
+    """What `main` wrote. Raises ValueError if the captions were others then: a change of the grammar, or another seed or
+    other shares than those given."""
     with np.load(path) as file:
         pictures, exact, captions = file["pictures"], file["exact"], file["captions"]
-    asked = [question(i) for i in range(len(captions))]
+        seed = int(file["seed"]) if seed is None else seed
+        shares = file["shares"].tolist() if shares is None else shares
+    asked = [question(i, seed, shares) for i in range(len(captions))]
     if [caption for _, caption in asked] != captions.tolist():
-        raise ValueError(f"got {path} with other captions than this grammar's, expected it to be drawn anew")
+        raise ValueError(f"got {path} with other captions than these, expected it to be drawn anew")
     return [Drawn(scene, p, e) for (scene, _), p, e in zip(asked, pictures, exact, strict=True)]
 
 
@@ -58,22 +62,28 @@ def main() -> None:
     parser.add_argument("--n", type=int, default=6, help="pictures a caption (%(default)s)")
     parser.add_argument("--temperature", type=float, default=0.9, help="warmer than usual, to see more mistakes")
     parser.add_argument("--guidance", type=float, default=1.0)
+    parser.add_argument("--seed", type=int, default=77, help="of the captions and of the pictures")
+    parser.add_argument(
+        "--shares", type=float, nargs=len(FAMILIES), default=SHARES, help=f"of {', '.join(FAMILIES)} (as in training)"
+    )
     parser.add_argument("--device", default="auto")
+    parser.add_argument("--dtype", default="auto")
     args = parser.parse_args()
-    drawn = read(args.out) if args.out.exists() else []
+    drawn = read(args.out, args.seed, args.shares) if args.out.exists() else []
     pictures, exact = [d.pictures for d in drawn], [d.exact for d in drawn]
-    pipeline = Pipeline.load(args.model, device=args.device)
+    pipeline = Pipeline.load(args.model, device=args.device, dtype=args.dtype)
     for i in tqdm(range(len(drawn), args.captions), initial=len(drawn), total=args.captions, unit=" captions"):
-        scene, caption = question(i)
-        settings = SamplingSettings(args.temperature, guidance_scale=args.guidance, seed=10**6 + i)
+        scene, caption = question(i, args.seed, args.shares)
+        settings = SamplingSettings(args.temperature, guidance_scale=args.guidance, seed=args.seed * 10**6 + i)
         drawing = np.stack([np.asarray(p.image) for p in pipeline.sample(caption, args.n, settings)])
         pictures.append(drawing)
         exact.append(np.array([all(checker.check(picture, scene).values()) for picture in drawing]))
         if (i + 1) % SAVE_EVERY == 0 or i + 1 == args.captions:
             args.out.parent.mkdir(parents=True, exist_ok=True)
             part = args.out.with_suffix(".tmp.npz")
-            captions = np.array([question(j)[1] for j in range(i + 1)])
-            np.savez_compressed(part, pictures=np.stack(pictures), exact=np.stack(exact), captions=captions)
+            captions = np.array([question(j, args.seed, args.shares)[1] for j in range(i + 1)])
+            asked = {"captions": captions, "seed": args.seed, "shares": args.shares}
+            np.savez_compressed(part, pictures=np.stack(pictures), exact=np.stack(exact), **asked)
             os.replace(part, args.out)
     print(f"wrote {args.out}: {len(exact)} captions, {np.mean(exact):.1%} of their pictures exact")
 

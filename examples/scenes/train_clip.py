@@ -11,6 +11,7 @@ away. Combinations held out from the transformer are held out here too.
 from __future__ import annotations
 
 import argparse
+import copy
 import math
 import os
 from pathlib import Path
@@ -245,6 +246,16 @@ class Training(nn.Module):
         return contrast, torch.stack(missed).mean()
 
 
+@torch.no_grad()
+def mixed(model: Training, start: dict[str, Tensor], share: float) -> Training:
+    """A copy with the mean of `start`, weighed `share`, and the model's own CLIP (Wortsman et al. 2022, arXiv 2109.01903)."""
+    mean = copy.deepcopy(model)
+    for name, tensor in mean.clip.state_dict().items():
+        if tensor.is_floating_point():
+            tensor.lerp_(start[name].to(tensor.dtype), share)
+    return mean
+
+
 @torch.inference_mode()
 def quality(model: Training, tokenizer: PreTrainedTokenizerFast, scenes: int = 60, others: int = 7) -> dict[str, float]:
     """Per family, and for held-out scenes: how often a caption prefers its own picture to 7 with one attribute changed."""
@@ -290,6 +301,7 @@ def main() -> None:
         "--out", type=Path, required=True, help="the CLIP folder; the checkpoint is training.pt in there"
     )
     parser.add_argument("--init", type=Path, help="a trained CLIP folder to go on from, if there is no checkpoint yet")
+    parser.add_argument("--keep", type=float, default=0.0, help="weight of --init in the mean with it that is saved")
     parser.add_argument("--drawn", type=Path, help="pictures of a trained model, from draw_for_clip.py")
     parser.add_argument("--steps", type=int, default=2000)
     parser.add_argument("--groups", type=int, default=24, help="scenes a step; each gives four pictures")
@@ -301,13 +313,17 @@ def main() -> None:
     parser.add_argument("--matrix-lr", type=float, default=0.01, help="of Muon")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
+    if args.keep and not args.init:
+        parser.error("got --keep without --init, expected the folder to take the mean with")
     seed_everything(args.seed)
     args.out.mkdir(parents=True, exist_ok=True)
     tokenizer = make_tokenizer(args.out)
-    drawn = draw_for_clip.read(args.drawn) if args.drawn else []
+    # Captions that the model always drew right teach nothing that rendered scenes do not.
+    drawn = [d for d in draw_for_clip.read(args.drawn) if not d.exact.all()] if args.drawn else []
     clip = make_model(args.width, args.layers, args.patch, args.text_layers)
     if args.init:
         clip.load_state_dict(CLIPModel.from_pretrained(str(args.init)).state_dict())
+    start = copy.deepcopy(clip.state_dict())
     model = Training(clip, args.width)
     if args.init and (args.init / "training.pt").exists():  # the heads too
         model.load_state_dict(torch.load(args.init / "training.pt", map_location="cpu", weights_only=True)["model"])
@@ -356,10 +372,11 @@ def main() -> None:
             }
             torch.save(state, checkpoint.with_suffix(".tmp"))
             os.replace(checkpoint.with_suffix(".tmp"), checkpoint)
-            save(model.clip, tokenizer, args.out)
-            found = ", ".join(f"{name} {share:.0%}" for name, share in quality(model, tokenizer).items())
+            mean = mixed(model, start, args.keep)
+            save(mean.clip, tokenizer, args.out)
+            found = ", ".join(f"{name} {share:.0%}" for name, share in quality(mean, tokenizer).items())
             tqdm.write(
-                f"step {step + 1}: contrast {float(contrast):.3f}, attributes {float(missed):.3f}; right of 8: {found}"
+                f"step {step + 1}: contrast {contrast.item():.3f}, attributes {missed.item():.3f}; right of 8: {found}"
             )
 
 
