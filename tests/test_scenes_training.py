@@ -16,6 +16,7 @@ from dalle_fast.images import DVAE
 from dalle_fast.model import DalleModel
 from examples.scenes import (
     checker,
+    damage,
     data,
     draw_for_clip,
     export,
@@ -176,10 +177,33 @@ def test_shifted_pictures_show_the_same() -> None:
     for i in range(12):
         scene = grammar.sample_scene(rng, grammar.FAMILIES[i % 3])
         picture = render.render(scene, rng)
-        other = train_clip.shifted(picture, rng)
+        other = damage.shifted(picture, rng)
         moved += not np.array_equal(other, picture)
         assert all(checker.check(other, scene).values())
     assert moved >= 6
+
+
+def test_a_bent_block_is_refused_and_all_else_stays() -> None:
+    rng = np.random.default_rng(6)
+    bent = 0
+    for _ in range(20):
+        scene = grammar.sample_scene(rng, "blocks")
+        _, placed = layout = render.layout(scene, rng)
+        picture = damage.bend(scene, layout, rng)
+        if picture is None:
+            continue
+        bent += 1
+        assert not all(checker.check(picture, scene).values())
+        # Nowhere beyond two cells around the blocks as they stood.
+        around = np.zeros(picture.shape[:2], bool)
+        for part in placed:
+            cells = len(part.sprite[0].mask) // render.CELL + 2
+            top, left = (render.CELL * max(0, at - 2) for at in (part.row, part.column))
+            around[top : render.CELL * (part.row + cells), left : render.CELL * (part.column + cells)] = True
+        assert np.ptp(picture[~around].reshape(-1, 3), axis=0).max() == 0
+    assert bent >= 8
+    scene = grammar.sample_scene(rng, "clocks")
+    assert damage.bend(scene, render.layout(scene, rng), rng) is None
 
 
 @pytest.mark.parametrize("with_drawn", [False, True])

@@ -302,6 +302,11 @@ def paint(background: str, placed: list[Placed], rng: np.random.Generator | None
     return picture.clip(0, 1)
 
 
+def finish(background: str, placed: list[Placed], rng: np.random.Generator) -> np.ndarray:
+    """`paint`, rounded: [256, 256, 3] uint8."""
+    return (paint(background, placed, rng) * 255 + 0.5).astype(np.uint8)
+
+
 def render(scene: Scene, rng: np.random.Generator) -> np.ndarray:
     """Lay out and paint the scene: [256, 256, 3] uint8."""
-    return (paint(*layout(scene, rng), rng) * 255 + 0.5).astype(np.uint8)
+    return finish(*layout(scene, rng), rng)

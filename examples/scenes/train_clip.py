@@ -2,10 +2,10 @@
 
 `python -m examples.scenes.train_clip --help`. A CLIPModel of the transformers library learns by contrast in batches made
 of hard cases: each scene comes with one that differs in one attribute, and with damaged pictures, which teach that a
-damaged picture is worth less: ones that the model drew and the checker refused (`--drawn`, from draw_for_clip.py), ones whose
-proportions were spoilt, or ones spliced from the two scenes. While it trains, linear heads on both embeddings also name the
-scene's attributes; that is much faster learnt than contrast alone, and puts both towers into one space. The heads are thrown
-away. Combinations held out from the transformer are held out here too.
+damaged picture is worth less: ones that the model drew and the checker refused (`--drawn`, from draw_for_clip.py), ones with
+a bent block or spoilt proportions, or ones spliced from the two scenes. While it trains, linear heads on both embeddings
+also name the scene's attributes; that is much faster learnt than contrast alone, and puts both towers into one space. The
+heads are thrown away. Combinations held out from the transformer are held out here too.
 """
 
 from __future__ import annotations
@@ -26,7 +26,8 @@ from transformers import CLIPConfig, CLIPModel, PreTrainedTokenizerFast
 
 from dalle_fast.ranking import MEAN, STD
 
-from . import checker, draw_for_clip, render
+from . import draw_for_clip, render
+from .damage import damage, shifted
 from .data import seed_everything, working_type
 from .draw_for_clip import Drawn
 from .grammar import (
@@ -128,43 +129,6 @@ def fits(shown: Scene, said: Scene) -> bool:
     return shown == said or (said.family == "clocks" and not said.hour and shown.blocks == said.blocks)
 
 
-def splice(a: np.ndarray, b: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """`a` with a band or a block of cells from `b` across its middle."""
-    mixed = a.copy()
-    y, x = (render.CELL * int(v) for v in rng.integers(6, 20, 2))
-    height, width = (render.CELL * int(v) for v in rng.integers(3, 12, 2))
-    if rng.random() < 0.5:
-        mixed[y:] = b[y:]
-    else:
-        mixed[y : y + height, x : x + width] = b[y : y + height, x : x + width]
-    return mixed
-
-
-def stretch(a: np.ndarray, scene: Scene, rng: np.random.Generator) -> np.ndarray | None:
-    """`a` with one or two rows (or columns) of cells too many or too few in its middle: what it shows has wrong proportions,
-    as in most pictures that a transformer gets wrong. None if the checker sees nothing wrong with it.
-    """
-    axis, count, more = int(rng.integers(2)), render.CELL * int(rng.integers(1, 3)), rng.random() < 0.5
-    at = render.CELL * int(rng.integers(9, 23))
-    head, tail = np.split(a, [at], axis)
-    if more:
-        band, tail = np.take(head, range(at - count, at), axis), np.split(tail, [tail.shape[axis] - count], axis)[0]
-    else:
-        band, tail = np.repeat(np.take(a, [-1], axis), count, axis), np.split(tail, [count], axis)[1]
-    mixed = np.concatenate([head, band, tail] if more else [head, tail, band], axis)
-    return None if all(checker.check(mixed, scene).values()) else mixed
-
-
-def shifted(picture: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """`picture` moved by up to four cells each way, where nothing but background leaves it (and comes back opposite)."""
-    for axis in range(2):
-        by = 2 * render.CELL * int(rng.integers(-2, 3))
-        leaving = np.take(picture, range(-by, 0) if by > 0 else range(-by), axis)
-        if by and np.ptp(leaving.reshape(-1, 3), axis=0).max() <= 24:
-            picture = np.roll(picture, by, axis)
-    return picture
-
-
 class Batch:
     """The batch of one step, which depends on the seed, the step and the drawn pictures alone.
 
@@ -184,7 +148,8 @@ class Batch:
             others = [other for other in one_attribute_changed(scene) if not is_held_out(other)]
             changed.append(others[int(rng.integers(len(others)))])
         shown = scenes + changed
-        pictures = [render.render(scene, rng) for scene in shown]
+        layouts = [render.layout(scene, rng) for scene in shown]
+        pictures = [render.finish(*layout, rng) for layout in layouts]
         damaged: list[list[np.ndarray]] = []
         for i, d in enumerate(chosen):
             refused = []
@@ -193,25 +158,17 @@ class Batch:
                 if len(good):
                     pictures[i] = shifted(good[int(rng.integers(len(good)))], rng)
                 refused = [shifted(picture, rng) for picture in rng.permutation(d.pictures[~d.exact])[:DAMAGED]]
-            damaged.append(refused + [damage(pictures, i, scenes, rng) for _ in range(DAMAGED - len(refused))])
+            other = (scenes[i], layouts[i], pictures[i], pictures[groups + i], rng)
+            damaged.append(refused + [damage(*other) for _ in range(DAMAGED - len(refused))])
         flat = [pair[k] for k in range(DAMAGED) for pair in damaged]
         self.pixels = pixels(pictures + flat)
         self.texts = [sample_caption(scene, rng) for scene in shown]
         self.fits = torch.tensor([[fits(a, b) for b in shown] for a in shown])
-        # A splice that left the objects as they were would fit after all: it counts for no caption of its two scenes.
+        # A damaged picture counts against its own caption, and for no other of its two scenes.
         maybe = self.fits[:groups] | self.fits[groups:]
         maybe &= ~torch.eye(2 * groups, dtype=torch.bool)[:groups]
         self.fits = torch.cat([self.fits, *[maybe] * DAMAGED])
-        for j, picture in enumerate(flat):
-            if np.abs(picture.astype(int) - pictures[j % groups]).mean() < 1.0:
-                self.fits[2 * groups + j, j % groups] = True
         self.attributes = torch.tensor([attributes(scene) for scene in shown])
-
-
-def damage(pictures: list[np.ndarray], i: int, scenes: list[Scene], rng: np.random.Generator) -> np.ndarray:
-    """Picture `i` with its proportions spoilt, or spliced with that of the scene that differs in one attribute."""
-    spoilt = stretch(pictures[i], scenes[i], rng) if rng.random() < 0.7 else None
-    return splice(pictures[i], pictures[len(scenes) + i], rng) if spoilt is None else spoilt
 
 
 class Training(nn.Module):

@@ -40,7 +40,7 @@ def crops(scenes: int, codebook: Codebook, seed: int) -> tuple[torch.Tensor, tor
     for _ in tqdm(range(scenes), desc="scenes", disable=None):
         family = FAMILIES[int(rng.choice(len(FAMILIES), p=SHARES))]
         background, placed = render.layout(sample_scene(rng, family), rng)
-        picture = (render.paint(background, placed, rng) * 255 + 0.5).astype(np.uint8)
+        picture = render.finish(background, placed, rng)
         label = torch.from_numpy(codebook.label(background, placed))
         pictures.append(torch.from_numpy(picture).permute(2, 0, 1))
         codes.append(label.view(32, 32))
