@@ -125,19 +125,6 @@ static void register_cuda(py::module_ m) {
 
 #if DALLE_FAST_HAS_CPU
 
-// Instruction sets of this CPU among those that the kernels have paths for.
-static std::vector<std::string> cpu_features() {
-  std::vector<std::string> found;
-#if defined(__x86_64__)
-  __builtin_cpu_init();
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) found.push_back("avx2");
-  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
-      __builtin_cpu_supports("avx512dq"))
-    found.push_back("avx512");
-#endif
-  return found;
-}
-
 // The CPU kernels. Python checks shapes and types, and keeps every tensor alive during the call.
 namespace cpu = dalle_fast::cpu;
 
@@ -338,7 +325,6 @@ PYBIND11_MODULE(_C, m) {
   m.attr("__version__") = DALLE_FAST_VERSION;
   m.attr("has_cuda") = static_cast<bool>(DALLE_FAST_HAS_CUDA);
 #if DALLE_FAST_HAS_CPU
-  m.def("cpu_features", &cpu_features, "Instruction sets of this CPU that the kernels have paths for.");
   register_cpu(m.def_submodule("cpu", "The CPU kernels; reached through dalle_fast.ops and dalle_fast.cpu_engine."));
 #endif
 #if DALLE_FAST_HAS_CUDA

@@ -16,7 +16,10 @@ import dalle_fast
 
 PACKAGES = ("torch", "triton", "numpy", "safetensors", "tokenizers", "pillow", "transformers")
 # As Linux names them in /proc/cpuinfo: those that some kernel has a path for.
-CPU_FLAGS = ("avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_bf16", "avx512_vnni")
+CPU_FLAGS = (
+    *("avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_bf16", "avx512_vnni"),
+    *("amx_tile", "amx_bf16", "amx_int8"),
+)
 NOT_INSTALLED = "dalle_fast was not installed; run: pip install -e ."
 
 

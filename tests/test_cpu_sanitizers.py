@@ -2,6 +2,7 @@
 
 import os
 import platform
+import runpy
 import shutil
 import subprocess
 from pathlib import Path
@@ -11,7 +12,7 @@ import pytest
 HERE = Path(__file__).parent
 SOURCES = HERE.parent / "csrc"
 COMPILER = shutil.which(os.environ.get("CXX", "g++")) or shutil.which("clang++")
-PORTABLE = [p for p in sorted((SOURCES / "cpu").glob("*.cpp")) if not p.stem.endswith(("_avx2", "_avx512"))]
+PORTABLE = [p for p in sorted((SOURCES / "cpu").glob("*.cpp")) if not p.stem.endswith(("_avx2", "_avx512", "_amx"))]
 
 pytestmark = pytest.mark.skipif(COMPILER is None or not SOURCES.is_dir(), reason="no C++ compiler or no sources here")
 
@@ -32,23 +33,14 @@ def compile_all(folder, sanitizers):
     probe.write_text("int main() {}\n")
     if subprocess.run([COMPILER, *flags, str(probe), "-o", str(folder / "probe")], capture_output=True).returncode:
         pytest.skip(f"{COMPILER} has no {sanitizers} sanitizer here")
-    wide, define = [], []
-    if platform.machine() == "x86_64" and "avx2" in Path("/proc/cpuinfo").read_text():
-        wide = [(SOURCES / "cpu/kernels_avx2.cpp", ["-mavx2", "-mfma", "-mf16c"])]
-        define = ["-DDALLE_FAST_HAS_AVX2=1"]
-        if "avx512_bf16" in Path("/proc/cpuinfo").read_text():
-            more = [
-                "-mavx512f",
-                "-mavx512bw",
-                "-mavx512vl",
-                "-mavx512dq",
-                "-mavx512bf16",
-                "-mavx512vnni",
-                "-mfma",
-                "-mf16c",
-            ]
-            wide.append((SOURCES / "cpu/kernels_avx512.cpp", more))
-            define.append("-DDALLE_FAST_HAS_AVX512=1")
+    flags_of = runpy.run_path(str(HERE.parent / "setup.py"))["ISA_FLAGS"]
+    sets, wide, define = ["portable"], [], []
+    has = Path("/proc/cpuinfo").read_text() if platform.machine() == "x86_64" else ""
+    for isa, flag in (("avx2", "avx2"), ("avx512", "avx512_bf16"), ("amx", "amx_bf16")):
+        if flag in has:
+            sets.append(isa)
+            wide.append((SOURCES / f"cpu/kernels_{isa}.cpp", flags_of[isa]))
+            define.append(f"-DDALLE_FAST_HAS_{isa.upper()}=1")
     objects = []
     for source, own in [*((p, define) for p in PORTABLE), *wide, (HERE / "cpu_harness.cpp", [])]:
         objects.append(str(folder / f"{source.stem}.o"))
@@ -57,7 +49,7 @@ def compile_all(folder, sanitizers):
         )
         assert done.returncode == 0, done.stderr
     subprocess.run([COMPILER, *flags, *objects, "-ldl", "-o", str(folder / "harness")], check=True)
-    return folder / "harness", ["portable", *("avx2" for _ in define[:1]), *("avx512" for _ in define[1:])]
+    return folder / "harness", sets
 
 
 def check(harness, isa):

@@ -1,5 +1,5 @@
 // The inner loop of attention, for any vector width: queries of one head and prompt against the shared prefix, each
-// then against its own tail. Scores first, then softmax, then values: every key and value is read once, and up to eight
+// then against its own tail. Scores first, then softmax, then values: every key and value is read once, and several
 // queries share each read of the prefix. A query's sums run in an order that does not depend on its neighbours in the batch.
 #pragma once
 
@@ -124,6 +124,13 @@ DF_INLINE void tail_values(const AttentionRow& row, const float* p, const float*
   for (int n = 0; n < N; ++n) store(row.out + d + n * W, total[n] * inverse);
 }
 
+template <bool Bf16>
+inline void add_tail(const AttentionRow& row, const float* p, const float* prefix, float inverse, int dim) {
+  int d = 0;
+  for (; d + 4 * W <= dim; d += 4 * W) tail_values<Bf16, 4>(row, p, prefix, inverse, dim, d);
+  for (; d < dim; d += W) tail_values<Bf16, 1>(row, p, prefix, inverse, dim, d);
+}
+
 // out[first ... first + N * W) += the prefix's values weighted by p; keys in two interleaved sums, joined at the end.
 template <bool Bf16, int R, int N>
 DF_INLINE void prefix_values(const void* values, int64_t keys, int dim, int first, float* const* p,
@@ -163,7 +170,40 @@ inline void pair_up(const float* x, int64_t n, uint32_t* pairs) {  // n: a multi
     std::memcpy(reinterpret_cast<uint16_t*>(pairs) + i, &h, sizeof h);
   }
 }
+
+// n floats, a multiple of 16, become bf16 pairs in the first half of their place.
+inline uint32_t* pair_up_in_place(float* x, int64_t n) {
+  uint32_t* pairs = reinterpret_cast<uint32_t*>(x);
+  float line[16];
+  for (int64_t i = 0; i < n; i += 16) {  // 16 floats become 8 words, never ahead of the reads
+    std::memcpy(line, x + i, sizeof line);
+    pair_up(line, 16, pairs + i / 2);
+  }
+  return pairs;
+}
 #endif
+
+// From a query's scores with the `keys` of the prefix: those with its tail after them, and all of them exponentiated.
+// Returns 1 / their sum.
+template <bool Bf16>
+inline float soften(const AttentionRow& row, const uint32_t* q_pairs, int64_t keys, int dim, float scale, float* s) {
+  const int64_t end = keys + row.count, padded = round_up(end, kKeyBlock);
+  for (int64_t i = row.prefix_len; i < keys; ++i) s[i] = -__builtin_inff();
+  tail_scores<Bf16>(row, q_pairs, dim, s + keys);
+  for (int64_t i = end; i < padded; ++i) s[i] = -__builtin_inff();
+  vf most = load(s);
+  for (int64_t i = W; i < padded; i += W) most = max(load(s + i), most);
+  const float shift = largest(most) * scale;
+  vf total = {};
+  for (int64_t i = 0; i < padded; i += W) {
+    const vf e = exp_below(fma(load(s + i), set1(scale), set1(-shift)));
+    store(s + i, e);
+    total = total + e;
+  }
+  const float all = sum(total);
+  if (row.lse) *row.lse = static_cast<float>(shift + ::log(static_cast<double>(all)));
+  return 1.0f / all;
+}
 
 template <bool Bf16, int R>
 void attend_rows(const PackedPrefix& prefix, const AttentionRow* rows, int dim, float scale, float* scratch,
@@ -185,38 +225,10 @@ void attend_rows(const PackedPrefix& prefix, const AttentionRow* rows, int dim, 
   for (; block + together <= blocks; block += together)
     prefix_scores<Bf16, R, together>(prefix.k, block, q, q_pairs, dim, scores);
   for (; block < blocks; ++block) prefix_scores<Bf16, R, 1>(prefix.k, block, q, q_pairs, dim, scores);
-  for (int r = 0; r < R; ++r) {
-    const AttentionRow& row = rows[r];
-    float* s = scores[r];
-    const int64_t end = prefix.keys + row.count, padded = round_up(end, kKeyBlock);
-    for (int64_t i = row.prefix_len; i < prefix.keys; ++i) s[i] = -__builtin_inff();
-    tail_scores<Bf16>(row, q_pairs[r], dim, s + prefix.keys);
-    for (int64_t i = end; i < padded; ++i) s[i] = -__builtin_inff();
-    vf most = load(s);
-    for (int64_t i = W; i < padded; i += W) most = max(load(s + i), most);
-    const float shift = largest(most) * scale;
-    vf total = {};
-    for (int64_t i = 0; i < padded; i += W) {
-      const vf e = exp_below(fma(load(s + i), set1(scale), set1(-shift)));
-      store(s + i, e);
-      total = total + e;
-    }
-    const float all = sum(total);
-    inverse[r] = 1.0f / all;
-    if (row.lse) *row.lse = static_cast<float>(shift + ::log(static_cast<double>(all)));
-  }
+  for (int r = 0; r < R; ++r) inverse[r] = soften<Bf16>(rows[r], q_pairs[r], prefix.keys, dim, scale, scores[r]);
 #if defined(__AVX512BF16__)
-  // The values' weights, in bf16 pairs, take the place of the first half of the float ones.
   if constexpr (Bf16)
-    for (int r = 0; r < R; ++r) {
-      uint32_t* target = reinterpret_cast<uint32_t*>(scores[r]);
-      float line[16];
-      for (int64_t i = 0; i < prefix.keys; i += 16) {  // in place: 16 floats become 8 words, never ahead of the reads
-        std::memcpy(line, scores[r] + i, sizeof line);
-        pair_up(line, 16, target + i / 2);
-      }
-      p_pairs[r] = target;
-    }
+    for (int r = 0; r < R; ++r) p_pairs[r] = pair_up_in_place(scores[r], prefix.keys);
 #endif
   float out[R][kMaxDim];
   int d = 0;
@@ -224,18 +236,12 @@ void attend_rows(const PackedPrefix& prefix, const AttentionRow* rows, int dim, 
   for (; d + wide * W <= dim; d += wide * W)
     prefix_values<Bf16, R, wide>(prefix.v, prefix.keys, dim, d, scores, p_pairs, out);
   for (; d < dim; d += W) prefix_values<Bf16, R, 1>(prefix.v, prefix.keys, dim, d, scores, p_pairs, out);
-  for (int r = 0; r < R; ++r) {
-    const float* p = scores[r] + prefix.keys;
-    for (d = 0; d + 4 * W <= dim; d += 4 * W) tail_values<Bf16, 4>(rows[r], p, out[r], inverse[r], dim, d);
-    for (; d < dim; d += W) tail_values<Bf16, 1>(rows[r], p, out[r], inverse[r], dim, d);
-  }
+  for (int r = 0; r < R; ++r) add_tail<Bf16>(rows[r], scores[r] + prefix.keys, out[r], inverse[r], dim);
 }
 
 template <bool Bf16>
-void attend_all(const PackedPrefix& prefix, const AttentionRow* rows, int count, int dim, float scale, float* scratch) {
-  int most = 0;
-  for (int r = 0; r < count; ++r) most = rows[r].count > most ? rows[r].count : most;
-  const int64_t row_floats = round_up(prefix.keys + most, kKeyBlock) + kKeyBlock;
+void attend_all(const PackedPrefix& prefix, const AttentionRow* rows, int count, int dim, float scale, float* scratch,
+                int64_t row_floats) {
   int r = 0;
   if constexpr (W == 16)
     for (; r + 8 <= count; r += 8) attend_rows<Bf16, 8>(prefix, rows + r, dim, scale, scratch, row_floats);
@@ -245,9 +251,11 @@ void attend_all(const PackedPrefix& prefix, const AttentionRow* rows, int count,
   if (r < count) attend_rows<Bf16, 1>(prefix, rows + r, dim, scale, scratch, row_floats);
 }
 
-inline void attend(const PackedPrefix& prefix, const AttentionRow* rows, int count, int dim, float scale, DType cache,
-                   float* scratch) {
-  (cache == DType::bfloat16 ? attend_all<true> : attend_all<false>)(prefix, rows, count, dim, scale, scratch);
+// Floats of a row of scores, which attend_scratch() has room for kQueries of.
+inline int64_t score_floats(const PackedPrefix& prefix, const AttentionRow* rows, int count) {
+  int most = 0;
+  for (int r = 0; r < count; ++r) most = rows[r].count > most ? rows[r].count : most;
+  return round_up(prefix.keys + most, kKeyBlock) + kKeyBlock;
 }
 
 }  // namespace

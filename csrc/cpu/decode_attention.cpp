@@ -80,9 +80,9 @@ void skinny_linear(const SkinnyLinearParams& p, const PackedLinear& weight, int 
   const int64_t width = round_up(w.inputs, kPadding);
   Encoded e;
   e.encoding = kernels().encoding(w.type);
-  e.row_bytes = static_cast<size_t>(width) * (e.encoding == Encoding::float32 ? 4 : 2);
+  e.row_bytes = encoded_row_bytes(e.encoding, w.inputs);
   e.sums_per_row = static_cast<int>(width / kGroup * 2);
-  Buffer data(e.row_bytes * p.rows + 64), step(static_cast<size_t>(p.rows) * 4),
+  Buffer data(e.row_bytes * p.rows), step(static_cast<size_t>(p.rows) * 4),
       sums(static_cast<size_t>(p.rows) * e.sums_per_row * 4);
   e.data = data.as<uint8_t>(), e.step = step.as<float>(), e.sums = sums.as<int32_t>();
   run_team(threads, [&](const Team& team) {

@@ -191,11 +191,13 @@ int64_t Engine::cache_bytes() const {
 void Engine::reserve(int rows, int threads) {
   if (rows > row_capacity_) {
     const size_t n = static_cast<size_t>(rows);
-    const size_t most = static_cast<size_t>(round_up(std::max({shape_.dim, inner_, shape_.hidden}), kPadding));
+    const int widest = std::max({shape_.dim, inner_, shape_.hidden});
+    const size_t groups = static_cast<size_t>(round_up(widest, kPadding) / kGroup);
     a_ = Buffer(n * shape_.dim * 4), b_ = Buffer(shape_.reversible ? n * shape_.dim * 4 : 0),
     branch_ = Buffer(n * shape_.dim * 4);
     qkv_ = Buffer(n * 3 * inner_ * 4), attended_ = Buffer(n * inner_ * 4), hidden_ = Buffer(n * shape_.hidden * 4);
-    encoded_ = Buffer(n * most * 4 + 64), step_ = Buffer(n * 4), sums_ = Buffer(n * most / kGroup * 8);
+    encoded_ = Buffer(n * encoded_row_bytes(Encoding::float32, widest)), step_ = Buffer(n * 4);
+    sums_ = Buffer(n * groups * 8);
     row_capacity_ = rows;
     workers_.clear();
   }

@@ -32,7 +32,7 @@ Encoded Engine::encoded(const PackedLinear& weight) const {
   const int64_t width = round_up(weight.view().inputs, kPadding);
   e.encoding = kernels().encoding(weight.view().type);
   e.data = encoded_.as<uint8_t>(), e.step = step_.as<float>(), e.sums = sums_.as<int32_t>();
-  e.row_bytes = static_cast<size_t>(width) * (e.encoding == Encoding::float32 ? 4 : 2);
+  e.row_bytes = encoded_row_bytes(e.encoding, weight.view().inputs);
   e.sums_per_row = static_cast<int>(width / kGroup * 2);
   return e;
 }
@@ -158,10 +158,10 @@ void Engine::attend(const Rows& rows, int layer, const Team& team, Worker& worke
     const float* k = qkv + inner_ + static_cast<size_t>(head) * dim;
     pack_prefix(k, k + inner_, DType::float32, shape_.text_len, 3 * inner_, dim, shape_.cache,
                 const_cast<void*>(prefix.k), const_cast<void*>(prefix.v));
-    for (int row = 0; row < count; row += 2) {  // a text position needs only the keys up to its own
-      const int pair = static_cast<int>(smaller(2, count - row));
-      prefix.keys = static_cast<int32_t>(round_up(row + pair, kKeyBlock));
-      kernels().attend(prefix, worker.attention.data() + row, pair, dim, scale, shape_.cache,
+    for (int row = 0; row < count; row += kQueries) {  // a text position needs only the keys up to its own
+      const int some = static_cast<int>(smaller(kQueries, count - row));
+      prefix.keys = static_cast<int32_t>(round_up(row + some, kKeyBlock));
+      kernels().attend(prefix, worker.attention.data() + row, some, dim, scale, shape_.cache,
                        worker.floats.as<float>());
     }
   }

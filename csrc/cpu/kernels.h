@@ -9,6 +9,7 @@ namespace dalle_fast::cpu {
 constexpr int kPanel = 32;     // outputs of a weight that lie side by side
 constexpr int kGroup = 128;    // inputs that share an int4 scale
 constexpr int kKeyBlock = 16;  // keys of a packed prefix that lie side by side
+constexpr int kQueries = 16;   // at most, that share a read of a prefix
 constexpr int kPadding = 128;  // encoded rows are zero up to a multiple of this many inputs
 
 // A weight in the order in which it is read. Panel after panel of 32 outputs; in a panel, unit after unit of one 32-bit
@@ -30,7 +31,7 @@ struct PackedWeight {
 enum class Encoding { float32, bfloat16, split16, int16 };
 
 // int8 and int4 weights meet 16-bit activations in exact integer arithmetic.
-// split16: x = step * (256 hi + lo), both int8; of every 4 inputs first the hi, then the lo bytes, for two byte products.
+// split16: x = step * (256 hi + lo), both int8; of every 64 inputs first the hi, then the lo bytes, for two byte products.
 // int16: x = step * q; of every 4 inputs q 0, 2, 1, 3, for products of pairs.
 struct Encoded {
   Encoding encoding;
@@ -40,6 +41,12 @@ struct Encoded {
   int32_t* sums;  // [rows, sums_per_row], per group of 128 inputs: split16 (sum of hi, sum of lo), int16 (sum of q, 0)
   int sums_per_row;
 };
+
+// The distance of two rows is an odd multiple of 64 bytes: a power of two would put the same inputs of all rows into one
+// set of the first cache.
+inline size_t encoded_row_bytes(Encoding encoding, int inputs) {
+  return static_cast<size_t>(round_up(inputs, kPadding)) * (encoding == Encoding::float32 ? 4 : 2) + 64;
+}
 
 struct LinearOutput {
   float* y;               // [rows, stride]
@@ -94,16 +101,17 @@ struct Kernels {
                    int first, int count);
 };
 
-// Floats of scratch that attend() wants: a row of scores for each of eight queries.
+// Floats of scratch that attend() wants: a row of scores for each query of a group.
 inline int64_t attend_scratch(int64_t prefix_keys, int64_t most_slots) {
-  return 8 * (prefix_keys + round_up(most_slots, kKeyBlock) + kKeyBlock);
+  return kQueries * (prefix_keys + round_up(most_slots, kKeyBlock) + kKeyBlock);
 }
 
 const Kernels* portable_kernels();
 const Kernels* avx2_kernels();
 const Kernels* avx512_kernels();
+const Kernels* amx_kernels();
 
-// The best set that this machine and this build have; DALLE_FAST_CPU_ISA=portable|avx2|avx512 forces one.
+// The best set that this machine and this build have; DALLE_FAST_CPU_ISA=portable|avx2|avx512|amx forces one.
 // Throws std::invalid_argument if the one asked for is not there.
 const Kernels& kernels();
 

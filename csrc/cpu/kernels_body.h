@@ -4,7 +4,10 @@
 #include "cpu/attention_body.h"
 #include "cpu/linear_body.h"
 #include "cpu/rows_body.h"
-#if defined(__AVX512BF16__)
+#if defined(__AMX_TILE__)
+#include "cpu/attention_amx.h"
+#include "cpu/linear_amx.h"
+#elif defined(__AVX512BF16__)
 #include "cpu/linear_avx512.h"
 #elif defined(__AVX2__)
 #include "cpu/linear_avx2.h"
@@ -33,6 +36,10 @@ inline Encoding encoding(DType weight) {
 
 inline void linear(const PackedWeight& w, const Encoded& x, int rows, int begin, int end, const LinearOutput& out,
                    float* scratch) {
+#if defined(__AMX_TILE__)
+  if (const TileFunction tiles = tiles_for(w.type, rows))
+    return linear_by_tiles(tiles, w, x, rows, begin, end, out, scratch);
+#endif
 #if defined(__AVX512BF16__)
   if (w.type == DType::bfloat16) return call_linear(bf16_panels, w, x, rows, begin, end, out, scratch);
 #else
@@ -56,6 +63,15 @@ inline void encode(const float* x, int n, int row, const Encoded& out) {
   if (out.encoding == Encoding::int16) return encode_int16(x, n, row, out);
 #endif
   encode_float(x, n, out.data + row * out.row_bytes);
+}
+
+inline void attend(const PackedPrefix& prefix, const AttentionRow* rows, int count, int dim, float scale, DType cache,
+                   float* scratch) {
+  const int64_t row_floats = score_floats(prefix, rows, count);
+#if defined(__AMX_TILE__)
+  if (cache == DType::bfloat16) return attend_by_tiles(prefix, rows, count, dim, scale, scratch, row_floats);
+#endif
+  (cache == DType::bfloat16 ? attend_all<true> : attend_all<false>)(prefix, rows, count, dim, scale, scratch, row_floats);
 }
 
 constexpr Kernels table(const char* name) {

@@ -29,6 +29,10 @@ void panel_bf16(const PackedWeight& w, const uint8_t* data, const Encoded& x, in
 
 DF_INLINE __m512i bytes4(const uint8_t* p) { return _mm512_set1_epi32(*reinterpret_cast<const int32_t*>(p)); }
 
+// Where the hi bytes of four inputs lie in a row of split16; their lo bytes follow kSplit later.
+constexpr int64_t kSplit = 64;
+DF_INLINE int64_t split_at(int64_t four) { return four / 16 * 2 * kSplit + four % 16 * 4; }
+
 // Weights become unsigned by adding 128, as vpdpbusd wants; 128 times the sum of the activations is taken off again.
 template <int R>
 void panel_int8(const PackedWeight& w, const uint8_t* data, const Encoded& x, int row, float* out) {
@@ -41,10 +45,11 @@ void panel_int8(const PackedWeight& w, const uint8_t* data, const Encoded& x, in
   for (int64_t unit = 0; unit < w.units; ++unit, data += 128) {
     const __m512i w0 = _mm512_xor_si512(_mm512_loadu_si512(data), flip);
     const __m512i w1 = _mm512_xor_si512(_mm512_loadu_si512(data + 64), flip);
+    const int64_t at = split_at(unit);
     __builtin_prefetch(data + kPrefetch);
     __builtin_prefetch(data + kPrefetch + 64);
     for (int r = 0; r < R; ++r) {
-      const __m512i high = bytes4(rows[r] + unit * 8), low = bytes4(rows[r] + unit * 8 + 4);
+      const __m512i high = bytes4(rows[r] + at), low = bytes4(rows[r] + at + kSplit);
       sum[r][0] = _mm512_dpbusd_epi32(sum[r][0], w0, high);
       sum[r][1] = _mm512_dpbusd_epi32(sum[r][1], w1, high);
       sum[r][2] = _mm512_dpbusd_epi32(sum[r][2], w0, low);
@@ -86,9 +91,11 @@ void panel_int4(const PackedWeight& w, const uint8_t* data, const Encoded& x, in
       __builtin_prefetch(data + kPrefetch + 64);
       const __m512i a0 = _mm512_and_si512(p0, nibble), b0 = _mm512_and_si512(_mm512_srli_epi16(p0, 4), nibble);
       const __m512i a1 = _mm512_and_si512(p1, nibble), b1 = _mm512_and_si512(_mm512_srli_epi16(p1, 4), nibble);
+      const int64_t at = split_at(2 * unit);
       for (int r = 0; r < R; ++r) {
-        const uint8_t* p = rows[r] + unit * 16;
-        const __m512i high_a = bytes4(p), low_a = bytes4(p + 4), high_b = bytes4(p + 8), low_b = bytes4(p + 12);
+        const uint8_t* p = rows[r] + at;
+        const __m512i high_a = bytes4(p), low_a = bytes4(p + kSplit);
+        const __m512i high_b = bytes4(p + 4), low_b = bytes4(p + 4 + kSplit);
         sum[r][0] = _mm512_dpbusd_epi32(_mm512_dpbusd_epi32(sum[r][0], a0, high_a), b0, high_b);
         sum[r][1] = _mm512_dpbusd_epi32(_mm512_dpbusd_epi32(sum[r][1], a1, high_a), b1, high_b);
         sum[r][2] = _mm512_dpbusd_epi32(_mm512_dpbusd_epi32(sum[r][2], a0, low_a), b0, low_b);
@@ -141,23 +148,25 @@ inline void encode_split16(const float* x, int n, int row, const Encoded& out) {
   const __m512 inverse = _mm512_set1_ps(1.0f / step);
   uint8_t* data = out.data + row * out.row_bytes;
   int32_t* sums = out.sums + static_cast<size_t>(row) * out.sums_per_row;
-  const __m512i ones = _mm512_set1_epi8(1);
+  const __m128i ones = _mm_set1_epi8(1);
   for (int g = 0; g < out.sums_per_row / 2; ++g) {
-    __m512i total = _mm512_setzero_si512();  // lanes alternate: hi, lo
+    __m128i total_high = _mm_setzero_si128(), total_low = _mm_setzero_si128();
     for (i = g * kGroup; i < (g + 1) * kGroup; i += 16) {
       const __mmask16 live = n - i >= 16 ? 0xFFFF : n > i ? static_cast<__mmask16>((1u << (n - i)) - 1) : 0;
       const __m512i value = _mm512_cvtps_epi32(_mm512_mul_ps(_mm512_maskz_loadu_ps(live, x + i), inverse));
-      const __m512i high = _mm512_srai_epi32(_mm512_add_epi32(value, _mm512_set1_epi32(128)), 8);
-      const __m128i h = _mm512_cvtepi32_epi8(high), l = _mm512_cvtepi32_epi8(value);  // lo = value mod 256, signed
-      const __m128i first = _mm_unpacklo_epi32(h, l), second = _mm_unpackhi_epi32(h, l);
-      const __m256i both = _mm256_set_m128i(second, first);
-      _mm256_storeu_si256(reinterpret_cast<__m256i*>(data + 2 * i), both);
-      total = _mm512_dpbusd_epi32(total, ones, _mm512_zextsi256_si512(both));
+      const __m512i whole = _mm512_srai_epi32(_mm512_add_epi32(value, _mm512_set1_epi32(128)), 8);
+      const __m128i high = _mm512_cvtepi32_epi8(whole), low = _mm512_cvtepi32_epi8(value);  // lo = value mod 256, signed
+      uint8_t* to = data + split_at(i / 4);
+      _mm_storeu_si128(reinterpret_cast<__m128i*>(to), high);
+      _mm_storeu_si128(reinterpret_cast<__m128i*>(to + kSplit), low);
+      total_high = _mm_dpbusd_epi32(total_high, ones, high);
+      total_low = _mm_dpbusd_epi32(total_low, ones, low);
     }
-    int32_t lanes[16];
-    _mm512_storeu_si512(lanes, total);
-    sums[2 * g] = lanes[0] + lanes[2] + lanes[4] + lanes[6];
-    sums[2 * g + 1] = lanes[1] + lanes[3] + lanes[5] + lanes[7];
+    int32_t lanes[8];
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(lanes), total_high);
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(lanes + 4), total_low);
+    sums[2 * g] = lanes[0] + lanes[1] + lanes[2] + lanes[3];
+    sums[2 * g + 1] = lanes[4] + lanes[5] + lanes[6] + lanes[7];
   }
 }
 

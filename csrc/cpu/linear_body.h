@@ -144,6 +144,14 @@ inline void finish_values(const PackedWeight& w, int panel, const float* sums, i
       store(values + r * kPanel + v, fma(load(sums + r * kPanel + v), load(scale + v), load(bias + v)));
 }
 
+// The finished sums of rows [row, row + count) go on to their output, or to `values` (of `row` on) for the gate panel to come.
+inline void finish_panel(const PackedWeight& w, int panel, const float* sums, int row, int count,
+                         const LinearOutput& out, float* values) {
+  const bool gated = out.epilogue == Epilogue::geglu;
+  if (gated && panel % 2 == 0) return finish_values(w, panel, sums, count, values);
+  write_panel(w, panel, sums, gated ? values : nullptr, row, count, out);
+}
+
 using PanelFunction = void (*)(const PackedWeight&, const uint8_t*, const Encoded&, int row, float* out);
 
 // Rows are taken in blocks of nearly equal size, at most `most`.
@@ -156,12 +164,7 @@ inline void linear_with(const PanelFunction* by_rows, int most, const PackedWeig
     for (int b = 0, row = 0; b < blocks; ++b) {
       const int count = (rows - row) / (blocks - b);
       by_rows[count - 1](w, data, x, row, sums);
-      if (out.epilogue == Epilogue::geglu && panel % 2 == 0) {
-        finish_values(w, panel, sums, count, values + static_cast<size_t>(row) * kPanel);
-      } else {
-        const bool gate = out.epilogue == Epilogue::geglu;
-        write_panel(w, panel, sums, gate ? values + static_cast<size_t>(row) * kPanel : nullptr, row, count, out);
-      }
+      finish_panel(w, panel, sums, row, count, out, values + static_cast<size_t>(row) * kPanel);
       row += count;
     }
   }

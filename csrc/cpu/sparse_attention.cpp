@@ -32,15 +32,13 @@ class Head {
     const int64_t text = smaller(last, p_.text_len);
     // Causal text: of a few queries at a time the keys up to the last of them.
     for (int64_t end; first < text; first = end) {
-      end = smaller(first + kTogether, text);
+      end = smaller(first + kQueries, text);
       run(first, end, round_up(end, kKeyBlock));
     }
     if (first < last) run(first, last, round_up(p_.text_len, kKeyBlock));
   }
 
  private:
-  static constexpr int64_t kTogether = 8;  // as many as share a read of the prefix
-
   const char* row(const void* x, const int64_t (&strides)[3], int64_t position) const {
     return static_cast<const char*>(x) +
            (index_ / p_.heads * strides[0] + index_ % p_.heads * strides[1] + position * strides[2]) * element_;
