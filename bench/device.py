@@ -221,12 +221,15 @@ class Reader:
         if hasattr(mmap, "MADV_HUGEPAGE"):  # as the packed weights of the cpu backend have them
             self.memory.madvise(mmap.MADV_HUGEPAGE)
         self.data = torch.frombuffer(self.memory, dtype=torch.float32).fill_(1.0)
+        rows = self.data.view(-1, 2**14)
+        row = torch.ones(rows.shape[1])
+        self.ways = (self.data.max, lambda: rows @ row)  # torch's fastest on AMD's and on Intel's
 
     def __call__(self) -> float:
         best = math.inf
-        for _ in range(2):
+        for read in self.ways:
             start = clock()
-            self.data.max()  # by a little the fastest of torch's reductions
+            read()
             best = min(best, clock() - start)
         return self.data.nbytes / best
 
