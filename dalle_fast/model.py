@@ -14,7 +14,7 @@ from dalle_fast import weights
 from dalle_fast.cache import Cache
 from dalle_fast.config import ModelConfig
 from dalle_fast.ops import Embedding
-from dalle_fast.passes import FullPass, Pass, PrefixPass, StepPass
+from dalle_fast.passes import FullPass, Pass, PrefixPass, Rotary, StepPass, rotate
 from dalle_fast.weights import WeightFile
 
 
@@ -165,6 +165,10 @@ class DalleModel(nn.Module):
 
     # Passes.
 
+    def rotary_at(self, positions: slice | Tensor, dtype: torch.dtype) -> Rotary | None:
+        """None for a model without rotary positions."""
+        return None if self.rotary is None else Rotary.of(self.rotary[positions], self.config.head_dim, dtype)
+
     def run_blocks(self, x: Tensor, run: Pass) -> Tensor:
         """[B, n, d] -> [B, n, d]."""
         blocks = cast("list[Block]", list(self.blocks))
@@ -199,7 +203,7 @@ class DalleModel(nn.Module):
             parts.append(self.embed_start(section))
         parts.append(self.embed_image(image[:, : config.cells - 1]))  # the last token predicts nothing
         x = torch.cat(parts, dim=1)
-        x = self.run_blocks(x, FullPass(self.masks, None if self.rotary is None else self.rotary[: x.shape[1]]))
+        x = self.run_blocks(x, FullPass(self.masks, self.rotary_at(slice(x.shape[1]), x.dtype)))
         return self.text_logits(x[:, :text_len]), self.image_logits(x[:, text_len - 1 + config.first_cell :])
 
     def loss(self, text: Tensor, image: Tensor) -> Tensor:
@@ -216,7 +220,7 @@ class DalleModel(nn.Module):
         candidate. Returns the logits of image token 0, [P * candidates, image_vocab]."""
         section, text_len = self.text_section(text), self.config.layout.text_len
         x = self.embed_section(section)[:, :text_len]
-        x = self.run_blocks(x, PrefixPass(cache, None if self.rotary is None else self.rotary[:text_len]))
+        x = self.run_blocks(x, PrefixPass(cache, self.rotary_at(slice(text_len), x.dtype)))
         group = cache.batch // cache.prompts
         cache.position.zero_()
         if self.config.start == "none":
@@ -232,7 +236,7 @@ class DalleModel(nn.Module):
         text_len, n = self.config.layout.text_len, x.shape[1]
         run = StepPass(cache, n, None)
         if self.rotary is not None:
-            run.rotary = self.rotary[text_len + run.cells]
+            run.rotary = self.rotary_at(text_len + run.cells, x.dtype)
         x = self.run_blocks(x, run)
         cache.position += n
         return self.image_logits(x[:, -1])
@@ -284,11 +288,3 @@ def rotary_table(config: ModelConfig) -> Tensor:
         torch.cat([outside, columns])[:, None] * pixel,
     ]
     return torch.cat(angles, dim=-1).repeat_interleave(2, dim=-1)
-
-
-def rotate(x: Tensor, angles: Tensor) -> Tensor:
-    """Turns the first R channels of x [..., n, D], in pairs (0, 1), (2, 3), …, by angles [n, R]."""
-    turned, rest = x[..., : angles.shape[-1]], x[..., angles.shape[-1] :]
-    other = torch.stack([-turned[..., 1::2], turned[..., ::2]], dim=-1).flatten(-2)
-    turned = turned * angles.cos().to(x.dtype) + other * angles.sin().to(x.dtype)
-    return torch.cat([turned, rest], dim=-1)

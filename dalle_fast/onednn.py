@@ -13,6 +13,10 @@ from torch import Tensor, nn
 
 from dalle_fast.model import Block, DalleModel
 
+# The layout is made for so many rows, and serves any. With AMX, the one for 8 rows is faster than that for 1 wherever there are
+# more (bfloat16, 512 x 2048: 8 rows 81 µs against 110, 32 rows 85 against 184) and no slower for one; with AVX-512 alone there
+# is no difference.
+ROWS = 8
 LINEAR = ("qkv", "out", "up", "down")
 
 
@@ -35,7 +39,7 @@ class PackedLinear(nn.Module):
 
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
         super().__init__()
-        self.packed: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight.detach().contiguous(), 1)
+        self.packed: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight.detach().contiguous(), ROWS)
         self.bias = None if bias is None else bias.detach().contiguous()
 
     def forward(self, x: Tensor) -> Tensor:

@@ -18,9 +18,9 @@ from dalle_fast import backends, torch_backend
 from dalle_fast.backends import Call
 from dalle_fast.config import ModelConfig
 from dalle_fast.linear import MAX_ROWS, skinny_linear
-from dalle_fast.model import Block, DalleModel, open_weights, rotate
+from dalle_fast.model import Block, DalleModel, open_weights
 from dalle_fast.packing import KINDS, Branch, PackedWeight, pack
-from dalle_fast.passes import Pass
+from dalle_fast.passes import Pass, rotate
 from dalle_fast.quantize import Int4, Int8, Quantized, floats, last_rows, norm_vectors
 
 LINEAR = ("qkv", "out", "up", "down")

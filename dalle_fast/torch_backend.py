@@ -74,12 +74,14 @@ def _scores(q: Tensor, k: Tensor, bias: Tensor | None, causal: bool) -> Tensor:
     return scores if bias is None else scores + bias
 
 
-def _join(a: tuple[Tensor, Tensor], b: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+def _joined(a: tuple[Tensor, Tensor], b: tuple[Tensor, Tensor]) -> Tensor:
     """The attention over the union of two sets of keys."""
     (out_a, lse_a), (out_b, lse_b) = a, b
-    lse = torch.logaddexp(lse_a, lse_b)
-    share = (lse_b - lse).exp().unsqueeze(-1).to(out_a.dtype)
-    return torch.lerp(out_a, out_b, share), lse
+    return torch.lerp(out_a, out_b, (lse_b - lse_a).sigmoid_().unsqueeze(-1).to(out_a.dtype))
+
+
+def _join(a: tuple[Tensor, Tensor], b: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    return _joined(a, b), torch.logaddexp(a[1], b[1])
 
 
 # Whole sequences.
@@ -257,7 +259,7 @@ def decode_attention(
         slot, run = int(reads.slot_of_cell[cell]), reads.runs[cell]
         tail_k[:, :, slot] = k[:, :, 0]
         tail_v[:, :, slot] = v[:, :, 0]
-        return _join((out, lse), _piece(q, tail_k[:, :, run], tail_v[:, :, run]))[0]
+        return _joined((out, lse), _piece(q, tail_k[:, :, run], tail_v[:, :, run]))
     cells = position.view(1) + torch.arange(n, device=q.device)
     tail_k.index_copy_(2, reads.slot_of_cell[cells], k)
     tail_v.index_copy_(2, reads.slot_of_cell[cells], v)
@@ -265,7 +267,7 @@ def decode_attention(
     near_k, near_v = (x[:, :, near].view(batch, heads, n, -1, dim).flatten(1, 2) for x in (tail_k, tail_v))
     bias = reads.bias[cells].to(q.dtype).repeat(heads, 1)[None, :, None].expand(batch, -1, -1, -1)
     near_out, near_lse = _piece(q.reshape(batch, heads * n, 1, dim), near_k, near_v, bias=bias)
-    return _join((out, lse), (near_out.view(batch, heads, n, dim), near_lse.view(batch, heads, n)))[0]
+    return _joined((out, lse), (near_out.view(batch, heads, n, dim), near_lse.view(batch, heads, n)))
 
 
 # Linear layers.
@@ -333,7 +335,7 @@ def decode_attention_fp8(
     lse = lse.view(prompts, heads, -1, n).transpose(1, 2).reshape(batch, heads, n)
     bias = reads.bias[cells].to(q.dtype).repeat(heads, 1)[None, :, None].expand(batch, -1, -1, -1)
     near_out, near_lse = _piece(q.reshape(batch, heads * n, 1, dim), wide[0], wide[1], bias=bias)
-    return _join((out, lse), (near_out.view(batch, heads, n, dim), near_lse.view(batch, heads, n)))[0]
+    return _joined((out, lse), (near_out.view(batch, heads, n, dim), near_lse.view(batch, heads, n)))
 
 
 # Sampling.

@@ -6,8 +6,8 @@ import torch.nn.functional as F
 
 from dalle_fast import reference
 from dalle_fast.config import ModelConfig
-from dalle_fast.model import DalleModel, rotary_table, rotate
-from dalle_fast.passes import shift_sequence
+from dalle_fast.model import DalleModel, rotary_table
+from dalle_fast.passes import Rotary, rotate, shift_sequence
 
 
 def tiny(**changes):
@@ -147,7 +147,7 @@ def test_rotation_turns_pairs_and_leaves_the_rest():
     angles = rotary_table(config)
     assert angles.shape == (config.layout.total, 60)
     x = torch.randn(1, 2, config.layout.total, 64)
-    turned = rotate(x, angles)
+    turned = rotate(x, Rotary.of(angles, 64, x.dtype))
     torch.testing.assert_close(turned[..., 60:], x[..., 60:])
     torch.testing.assert_close(
         turned[..., 0::2].square() + turned[..., 1::2].square(), x[..., 0::2] ** 2 + x[..., 1::2] ** 2

@@ -122,8 +122,33 @@ int64_t packed_prefix_bytes(int64_t len, int64_t dim, DType cache) {
   return round_up(len, kKeyBlock) * dim * (cache == DType::bfloat16 ? 2 : 4);
 }
 
+namespace {
+
+// Of bf16 into bf16: words and pairs change places, nothing is converted.
+void pack_prefix_bf16(const uint16_t* k, const uint16_t* v, int64_t len, int64_t row_stride, int64_t dim, uint16_t* to_k,
+                      uint16_t* to_v) {
+  const int64_t keys = round_up(len, kKeyBlock);
+  const std::vector<uint16_t> nothing(static_cast<size_t>(dim));
+  const auto row = [&](const uint16_t* x, int64_t key) { return key < len ? x + key * row_stride : nothing.data(); };
+  for (int64_t key = 0; key < keys; ++key) {
+    const uint16_t* from = row(k, key);
+    uint16_t* to = to_k + key / kKeyBlock * kKeyBlock * dim + 2 * (key % kKeyBlock);
+    for (int64_t d = 0; d < dim; d += 2) std::memcpy(to + d * kKeyBlock, from + d, 4);
+  }
+  for (int64_t key = 0; key < keys; key += 2) {
+    const uint16_t *first = row(v, key), *second = row(v, key + 1);
+    uint16_t* to = to_v + key * dim;
+    for (int64_t d = 0; d < dim; ++d) to[2 * d] = first[d], to[2 * d + 1] = second[d];
+  }
+}
+
+}  // namespace
+
 void pack_prefix(const void* k, const void* v, DType from, int64_t len, int64_t row_stride, int64_t dim, DType cache,
                  void* to_k, void* to_v) {
+  if (from == DType::bfloat16 && cache == DType::bfloat16)
+    return pack_prefix_bf16(static_cast<const uint16_t*>(k), static_cast<const uint16_t*>(v), len, row_stride, dim,
+                            static_cast<uint16_t*>(to_k), static_cast<uint16_t*>(to_v));
   const bool wide = from != DType::bfloat16;
   std::vector<float> line(static_cast<size_t>(dim));
   const auto row = [&](const void* x, int64_t key) -> const float* {  // zeros beyond the end
