@@ -221,7 +221,7 @@ class Reader:
         if hasattr(mmap, "MADV_HUGEPAGE"):  # as the packed weights of the cpu backend have them
             self.memory.madvise(mmap.MADV_HUGEPAGE)
         self.data = torch.frombuffer(self.memory, dtype=torch.float32).fill_(1.0)
-        rows = self.data.view(-1, 2**14)
+        rows = self.data.view(-1, 2**10)
         row = torch.ones(rows.shape[1])
         self.ways = (self.data.max, lambda: rows @ row)  # torch's fastest on AMD's and on Intel's
 
