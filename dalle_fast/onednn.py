@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from dalle_fast.model import Block, DalleModel
 
 # The layout is made for so many rows, and serves any. With AMX, the one for 8 rows is faster than that for 1 wherever there are
-# more (bfloat16, 512 x 2048: 8 rows 81 µs against 110, 32 rows 85 against 184) and no slower for one; with AVX-512 alone there
-# is no difference.
+# more (bfloat16, 512 x 2048: 8 rows 81 µs against 110, 32 rows 85 against 184). For one row neither was faster in all runs, and
+# with AVX-512 alone there is no difference.
 ROWS = 8
 LINEAR = ("qkv", "out", "up", "down")
 

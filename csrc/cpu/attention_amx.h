@@ -8,6 +8,7 @@
 namespace dalle_fast::cpu {
 namespace {
 
+// The intrinsics want tile numbers as literals, so that what is left at the end is written out once more, for tiles 5 and 7.
 // Tiles 0 to 3 are sums; 4 and 6 hold 16 pairs of queries and of the prefix, 5 and 7 the 8 that may be left at the end.
 inline Tiles attention_tiles(int rows) {
   return Tiles({rows, rows, rows, rows, rows, rows, kTileRows, kTileRows / 2}, {64, 64, 64, 64, 64, 32, 64, 64});

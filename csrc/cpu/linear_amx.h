@@ -9,8 +9,8 @@
 namespace dalle_fast::cpu {
 namespace {
 
-constexpr int kTileUnits = 16;                    // 32-bit words across a tile's 64 bytes
-constexpr int kStep = kTileUnits * kPanel * 4;    // bytes of a panel that two tiles of weights hold
+constexpr int kTileUnits = 16;                   // 32-bit words across a tile's 64 bytes
+constexpr int kStep = kTileUnits * kPanel * 4;   // bytes of a panel that two tiles of weights hold
 constexpr int kFewestInt8 = 2, kFewestInt4 = 5;  // rows from which tiles are faster, measured on an Emerald Rapids Xeon
 
 // Tiles 0 to 3 are sums, 4 and 5 activations, 6 and 7 weights.
