@@ -90,11 +90,11 @@ def commit() -> str:
 
 
 def middle_run(before: dict[str, Any], record: dict[str, Any]) -> dict[str, Any]:
-    """Of all runs of a case the one of median time, and `runs`, all of them: on a machine that is shared with others a median
-    over hours says more than one over seconds."""
+    """Of all runs of a case the one of median ratio (of median time, where that is the same), and `runs`, all of them: on a
+    machine that is shared with others a median over hours says more than one over seconds."""
     plain = {name: value for name, value in before.items() if name not in ("runs", "by_position")}
     runs = [*before.get("runs", [plain]), {name: value for name, value in record.items() if name != "by_position"}]
-    middle = sorted(runs, key=lambda run: run["seconds"])[(len(runs) - 1) // 2]
+    middle = sorted(runs, key=lambda run: (run.get("ratio", 0.0), run["seconds"]))[(len(runs) - 1) // 2]
     return {**record, **middle, "runs": runs}
 
 

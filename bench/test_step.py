@@ -29,9 +29,10 @@ class Ours:
     """Plays the streams through an engine of dalle_fast."""
 
     positions = None
+    passes = 3
 
-    def __init__(self, engine: Engine, subject: Subject, batch: int, passes: int = 1) -> None:
-        self.engine, self.text, self.batch, self.passes = engine, subject.text.to(DEVICE), batch, passes
+    def __init__(self, engine: Engine, subject: Subject, batch: int) -> None:
+        self.engine, self.text, self.batch = engine, subject.text.to(DEVICE), batch
         self.tokens = rows(subject.tokens.to(DEVICE), batch)
         self.cell = subject.config.cells
 
@@ -57,7 +58,7 @@ def ours_torch(s: Subject, dtype: str, batch: int) -> Stepper:
 def ours_cpu(s: Subject, dtype: str, batch: int) -> Stepper:
     if reason := cpu_engine.why_not(s.config, dtype):
         pytest.skip(reason)
-    return Ours(cpu_engine.CpuEngine(s.model, dtype=dtype), s, batch, passes=3)
+    return Ours(cpu_engine.CpuEngine(s.model, dtype=dtype), s, batch)
 
 
 def ours_graph(s: Subject, dtype: str, batch: int) -> Stepper:
