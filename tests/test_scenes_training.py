@@ -211,6 +211,16 @@ def test_the_checker_refuses_damaged_pictures() -> None:
         assert spoilt.shape == picture.shape and not all(checker.check(spoilt, scene).values())
 
 
+def test_what_nothing_spoils_gives_way_to_another_picture(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("stretch", "splice"):
+        monkeypatch.setattr(damage, name, lambda picture, *_: picture)
+    rng = np.random.default_rng(8)
+    scene = grammar.sample_scene(rng, "clocks")
+    layout = render.layout(scene, rng)
+    picture, other = render.finish(*layout, rng), render.render(grammar.one_attribute_changed(scene)[0], rng)
+    assert damage.damage(scene, layout, picture, other, rng) is other
+
+
 @pytest.mark.parametrize("with_drawn", [False, True])
 def test_clip(monkeypatch, tmp_path, drawn, with_drawn) -> None:
     options = "--steps 4 --groups 3 --width 64 --layers 1 --text-layers 1 --patch 32"
