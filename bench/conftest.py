@@ -4,7 +4,7 @@ pytest bench                               the most important cases, and the tab
 pytest bench --all --minutes 12 --results bench/results     all of them, into bench/results/DATE-DEVICE.json; what
                                            stands in that file already is not measured again, unless other processes
                                            kept more than BUSY of the machine busy meanwhile
-pytest bench --all --again --results FILE  all of them once more: the median of a case's runs counts
+pytest bench --all --again --results FILE  all of them once more: of a case's runs the median counts
 pytest bench --benchmark-disable           every case once, at a toy size: does it run, is its result right?
 """
 
@@ -38,7 +38,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--all", action="store_true", help="measure all cases, not only the most important ones")
     group.addoption("--minutes", type=float, default=math.inf, help="start no case after this time")
     group.addoption(
-        "--again", action="store_true", help="measure also what stands in the file; medians of all runs count"
+        "--again",
+        action="store_true",
+        help="measure also what stands in the file; of all runs the one of median ratio counts",
     )
     group.addoption("--wait", type=float, default=0.0, help="seconds to wait, before each case, for others to rest")
     group.addoption("--results", metavar="PATH", help="JSON file to write and to resume, or the folder for a new one")

@@ -57,6 +57,6 @@ def test_scenes_in_the_readme_are_those_measured() -> None:
             for measured, key in ((one, "one"), (best, "best_of_n"))
         ]
         assert f"| {name} | {shares[0]:.1%} | {shares[1]:.1%} |".replace("%", " %") in text
-    assert one["captions"] == 600 and f"the first {best['captions']} of 600" in " ".join(text.split())
+    assert one["captions"] == best["captions"] == 600 and "each of 600 fixed captions" in " ".join(text.split())
     ranker = "clip/model.safetensors"  # one candidate is not ranked
     assert {**one["weights"], ranker: ""} == {**best["weights"], ranker: ""}
