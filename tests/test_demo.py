@@ -155,6 +155,9 @@ def test_the_evaluation_resumes(monkeypatch, tmp_path, capsys) -> None:
     assert run(3) == whole
     summary = json.loads((tmp_path / "json").read_text())
     assert summary["n"] == 2 and sum(row["captions"] for row in summary["rows"] if row["family"] == "all") == 3
+    found = [json.loads(line) for line in whole[1:]]
+    wrong = [line["caption"] for line in found if not line["exact"][line["best"]]]
+    assert [entry["caption"] for entry in summary["wrong"]] == wrong
     assert "seen in training" in capsys.readouterr().out
     (tmp_path / "log").write_text(json.dumps({"n": 3}) + "\n")
     with pytest.raises(ValueError, match="of other settings"):

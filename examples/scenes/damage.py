@@ -78,9 +78,9 @@ def shifted(picture: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 def damage(
     scene: Scene, layout: render.Layout, picture: np.ndarray, other: np.ndarray, rng: np.random.Generator
 ) -> np.ndarray:
-    """The scene with a bent block, or `picture` stretched or spliced with `other`, which differs in one attribute; always one
-    that the checker refuses, for damage can miss all that a caption speaks of. Where nothing spoils it, for a clock whose time
-    is not asked can stay one whatever is done to it, `other`."""
+    """The scene with a bent block, or `picture` stretched or spliced with `other`, which differs in one attribute: a picture
+    that the checker refuses, for damage can miss all that a caption speaks of. Where no try spoils it, as with a clock whose
+    time is not asked, it is `other`."""
     for _ in range(TRIES):
         kind = rng.random()
         if kind < 0.5 and scene.family == "blocks":

@@ -175,6 +175,16 @@ def main() -> None:
             "date": date.today().isoformat(),
             "targets": {("held out" if held else "seen"): target for held, target in TARGETS.items()},
             "rows": rows,
+            "wrong": [
+                {
+                    "caption": line["caption"],
+                    "held_out": line["held_out"],
+                    "any": any(line["exact"]),
+                    "wrong_best": line["wrong_best"],
+                }
+                for line in lines[: args.captions]
+                if not line["exact"][line["best"]]
+            ],
         }
         write_text(args.json, json.dumps(whole, indent=1) + "\n")
 
