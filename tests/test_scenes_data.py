@@ -14,7 +14,7 @@ sys.path.append(str(Path(__file__).resolve().parent.parent))  # examples/ is not
 from dalle_fast.config import ModelConfig
 from dalle_fast.model import DalleModel
 from dalle_fast.passes import FullPass
-from examples.scenes import data, grammar, render, steady_codes, train_clip
+from examples.scenes import data, grammar, pieces, render, steady_codes, train_clip
 from examples.scenes.tiled_attention import TiledPass
 
 
@@ -79,6 +79,31 @@ def test_plain_cells_share_a_code_and_forms_do_not_say_colours(codebook) -> None
     assert (first[changed] < len(codebook.colours)).all() and (codes[changed] < len(codebook.colours)).all()
     forms = first[first >= len(codebook.colours)]
     assert len(forms) > 10
+
+
+def test_no_piece_is_a_block() -> None:
+    """What teaches the dVAE every form in every colour shows nothing that is held out."""
+    for number in range(200):
+        piece = pieces.sprite(number)[0].mask
+        for shape in grammar.BLOCK_SHAPES:
+            block = np.max([layer.mask for layer in render.block_sprite(shape, len(piece) // render.CELL)], 0)
+            assert np.minimum(piece, block).sum() < 0.92 * np.maximum(piece, block).sum(), (number, shape)
+
+
+def test_pieces_come_in_all_colours_and_tell_theirs(codebook) -> None:
+    rng, seen = np.random.default_rng(4), set()
+    for _ in range(16):
+        background, placed = pieces.layout(rng)
+        codes = codebook.label(background, placed).reshape(32, 32)
+        for part in placed:
+            cells = len(part.sprite[0].mask) // render.CELL
+            mine = codes[part.row : part.row + cells, part.column : part.column + cells]
+            colour = np.asarray(render.PALETTE[part.colours["fill"]]) / 255 * part.shade
+            plain = int(((codebook.colours - colour.clip(0, 1)) ** 2).sum(1).argmin())
+            assert (mine == plain).sum() >= 2 and (mine >= len(codebook.colours)).any()
+            seen.add(part.colours["fill"])
+        assert {(p.row // 16, p.column // 16) for p in placed} == {(0, 0), (0, 1), (1, 0), (1, 1)}
+    assert seen == set(grammar.COLOURS)
 
 
 def test_codebook_survives_its_file(codebook, tmp_path) -> None:

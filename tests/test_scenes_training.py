@@ -98,13 +98,17 @@ def test_shades_are_shared() -> None:
 
 
 def test_dvae(monkeypatch, tmp_path) -> None:
-    options = "--steps 4 --batch 2 --scenes 6 --hidden 8 --device cpu"
+    options = "--steps 4 --batch 2 --pictures 6 --hidden 8 --device cpu"
     monkeypatch.setattr(train_dvae, "quality", lambda *args: (0.0, 0.0))
     for name in "ab":
         run(monkeypatch, train_dvae, tmp_path / name, options)
     a, b = (DVAE.load(tmp_path / name).state_dict() for name in "ab")
     for name, tensor in a.items():
         assert torch.equal(tensor, b[name]), name
+    run(monkeypatch, train_dvae, tmp_path / "c", f"{options} --init {tmp_path / 'a'}")
+    c = DVAE.load(tmp_path / "c").state_dict()
+    for name, tensor in a.items():
+        assert torch.equal(tensor, c[name]) == name.startswith("encoder"), name
 
 
 def test_transformer_in_a_process_group(monkeypatch, tmp_path) -> None:

@@ -91,6 +91,16 @@ def _regular(cx: float, cy: float, radius: float, corners: int, turn: float = 0.
     return points
 
 
+def polygon_sprite(cells: int, corners) -> tuple[Layer, ...]:
+    """One polygon, its corners in px, in a square of `cells` x `cells` cells. Not cached."""
+    return (Layer(_mask(cells * CELL, cells * CELL, "polygon", corners), "fill"),)
+
+
+def star_corners(size: float, tips: float = 0.54, dents: float = 0.243):
+    """Ten corners of a star in a square of `size` px, from the top clockwise; distances from its centre in sizes."""
+    return _regular(size / 2, size * 0.53, size * tips, 10, inner=dents / tips)
+
+
 @cache
 def block_sprite(shape: str, cells: int) -> tuple[Layer, ...]:
     """A block that fills a square of `cells` x `cells` cells."""
@@ -100,9 +110,9 @@ def block_sprite(shape: str, cells: int) -> tuple[Layer, ...]:
     if shape == "circle":
         return (Layer(_mask(n, n, "ellipse", (n / 2, n / 2, n / 2, n / 2)), "fill"),)
     if shape == "triangle":
-        return (Layer(_mask(n, n, "polygon", [(n / 2, 0), (n, n), (0, n)]), "fill"),)
+        return polygon_sprite(cells, [(n / 2, 0), (n, n), (0, n)])
     if shape == "star":
-        return (Layer(_mask(n, n, "polygon", _regular(n / 2, n * 0.53, n * 0.54, 10, inner=0.45)), "fill"),)
+        return polygon_sprite(cells, star_corners(n))
     if shape != "cube":
         raise ValueError(f"got block shape {shape!r}, expected cube, square, circle, triangle or star")
     d = CELL * max(2, round(cells * 0.3))  # depth: the top and side faces lean by 45 degrees, cell by cell

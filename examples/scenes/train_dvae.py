@@ -5,8 +5,9 @@
 The paper's objective (Gumbel-softmax relaxation, temperature annealed to 1/16, logit-Laplace likelihood) with two
 additions: a squared-error term, and a cross-entropy that ties the encoder to steady_codes.py. In the last quarter of the
 steps the decoder learns alone, from those codes themselves, which are what the transformer draws; cells that are not plain
-then count more, as the decoder has to find their colours in other cells. There is no KL term: it would reward using all
-codes equally often, and here a plain background should cost nothing.
+then count more, as the decoder has to find their colours in other cells, and every other picture is of pieces.py, which
+have all forms in all colours. There is no KL term: it would reward using all codes equally often, and here a plain
+background should cost nothing.
 """
 
 from __future__ import annotations
@@ -14,7 +15,10 @@ from __future__ import annotations
 import argparse
 import math
 import os
+from collections.abc import Callable, Sequence
+from functools import lru_cache
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -23,7 +27,7 @@ from tqdm import tqdm
 
 from dalle_fast.images import DVAE, DVAEConfig, logit_laplace_loss, map_pixels, unmap_pixels
 
-from . import render
+from . import pieces, render
 from .data import SHARES, working_type
 from .grammar import FAMILIES, sample_scene
 from .steady_codes import Codebook, to_tensor
@@ -33,34 +37,47 @@ ALONE = 0.75  # of the steps, after which the decoder learns alone
 FORM_WEIGHT = 5.0  # of the squared error in cells that are not plain, from then on
 
 
-def crops(scenes: int, codebook: Codebook, seed: int) -> tuple[torch.Tensor, torch.Tensor, list[torch.Tensor]]:
-    """Rendered training scenes [n, 3, 256, 256] uint8, their codes [n, 32, 32], and per scene the cells that are not plain."""
+def scene_layout(rng: np.random.Generator) -> render.Layout:
+    family = FAMILIES[int(rng.choice(len(FAMILIES), p=SHARES))]
+    return render.layout(sample_scene(rng, family), rng)
+
+
+class Pictures(NamedTuple):
+    """Rendered pictures [n, 3, 256, 256] uint8, their codes [n, 32, 32], and per picture the cells that are not plain."""
+
+    pictures: torch.Tensor
+    codes: torch.Tensor
+    busy: list[torch.Tensor]
+
+
+def rendered(
+    count: int, codebook: Codebook, seed: int, layouts: Sequence[Callable[[np.random.Generator], render.Layout]]
+) -> Pictures:
+    """`count` pictures, by each of `layouts` in turn."""
     rng = np.random.default_rng(seed)
     pictures, codes, busy = [], [], []
-    for _ in tqdm(range(scenes), desc="scenes", disable=None):
-        family = FAMILIES[int(rng.choice(len(FAMILIES), p=SHARES))]
-        background, placed = render.layout(sample_scene(rng, family), rng)
+    for i in tqdm(range(count), desc="pictures", disable=None):
+        background, placed = layouts[i % len(layouts)](rng)
         picture = render.finish(background, placed, rng)
         label = torch.from_numpy(codebook.label(background, placed))
         pictures.append(torch.from_numpy(picture).permute(2, 0, 1))
         codes.append(label.view(32, 32))
         busy.append((label >= len(codebook.colours)).nonzero()[:, 0])
-    return torch.stack(pictures), torch.stack(codes), busy
+    return Pictures(torch.stack(pictures), torch.stack(codes), busy)
 
 
-def batch_of(data, step: int, size: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+def batch_of(data: Pictures, step: int, size: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Crops [size, 3, 80, 80] and codes [size, 10, 10] of one step; three in four contain a cell that is not plain."""
-    pictures, codes, busy = data
     rng = np.random.default_rng((seed, step))
     xs, ys = [], []
     for _ in range(size):
-        i = int(rng.integers(len(pictures)))
+        i = int(rng.integers(len(data.pictures)))
         r, c = (int(v) for v in rng.integers(0, 33 - CROP, 2))
-        if rng.random() < 0.75 and len(busy[i]):
-            cell = int(busy[i][int(rng.integers(len(busy[i])))])
+        if rng.random() < 0.75 and len(data.busy[i]):
+            cell = int(data.busy[i][int(rng.integers(len(data.busy[i])))])
             r, c = (int(np.clip(v - rng.integers(0, CROP), 0, 32 - CROP)) for v in divmod(cell, 32))
-        xs.append(pictures[i, :, 8 * r : 8 * (r + CROP), 8 * c : 8 * (c + CROP)])
-        ys.append(codes[i, r : r + CROP, c : c + CROP])
+        xs.append(data.pictures[i, :, 8 * r : 8 * (r + CROP), 8 * c : 8 * (c + CROP)])
+        ys.append(data.codes[i, r : r + CROP, c : c + CROP])
     return torch.stack(xs).float() / 255, torch.stack(ys)
 
 
@@ -105,11 +122,14 @@ def main() -> None:
     parser.add_argument(
         "--out", type=Path, required=True, help="folder of dvae.json and dvae.safetensors; the checkpoint is beside"
     )
+    parser.add_argument(
+        "--init", type=Path, help="folder of a dVAE: its decoder goes on alone, from the last quarter's start"
+    )
     parser.add_argument("--steps", type=int, default=8000)
     parser.add_argument("--batch", type=int, default=16)
-    parser.add_argument("--scenes", type=int, default=3000)
+    parser.add_argument("--pictures", type=int, default=3000, help="to render and learn from")
     parser.add_argument("--hidden", type=int, default=32)
-    parser.add_argument("--lr", type=float, default=3e-3)
+    parser.add_argument("--lr", type=float, default=3e-3, help="at first; it falls to 0 in the second half")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()
@@ -117,8 +137,8 @@ def main() -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     codebook = Codebook.load()
     print(f"{len(codebook.colours)} plain colours, {len(codebook.forms)} forms", flush=True)
-    data = crops(args.scenes, codebook, args.seed)
-    model = DVAE(DVAEConfig(len(codebook), args.hidden, 1, 128)).to(args.device)
+    model = DVAE.load(args.init) if args.init else DVAE(DVAEConfig(len(codebook), args.hidden, 1, 128))
+    model.to(args.device, torch.float32).requires_grad_(True)
     average = {name: p.detach().clone() for name, p in model.state_dict().items()}
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, betas=(0.9, 0.99), weight_decay=0.0)
     first, checkpoint = 0, args.out / "dvae-training.pt"
@@ -127,12 +147,19 @@ def main() -> None:
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
         first, average = state["step"], state["average"]
+    began = ALONE if args.init else 0.0
+
+    @lru_cache(maxsize=1)
+    def pictures(alone: bool) -> Pictures:
+        layouts = (scene_layout, pieces.layout) if alone else (scene_layout,)
+        return rendered(args.pictures, codebook, args.seed, layouts)
+
     bar = tqdm(range(first, args.steps), initial=first, total=args.steps, desc="dVAE", mininterval=5)
     for step in bar:
-        progress = step / args.steps
+        progress = began + (1 - began) * step / args.steps
         for group in optimizer.param_groups:
             group["lr"] = args.lr * min(1.0, (step + 1) / 200, 2 * (1 - progress) ** 1.0)
-        x, codes = (y.to(args.device) for y in batch_of(data, step, args.batch, args.seed))
+        x, codes = (y.to(args.device) for y in batch_of(pictures(progress >= ALONE), step, args.batch, args.seed))
         noise = torch.Generator(args.device).manual_seed(args.seed * 1_000_003 + step)
         with torch.autocast(args.device, torch.bfloat16, working_type(args.device) == torch.bfloat16):
             loss, figures = loss_of(model, x, codes, len(codebook.colours), progress, noise)
