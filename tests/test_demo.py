@@ -63,7 +63,7 @@ def test_every_command_samples_with_the_settings_that_were_measured() -> None:
     root = pictures.ROOT
     assert f"\nSAMPLING ?= {pictures.OPTIONS}\n" in (root / "Makefile").read_text()
     assert f'dalle-fast sample "a red cube" {pictures.OPTIONS}\n' in pictures.README.read_text()
-    for name in ("best-of-32", "one-bfloat16", "one-int8", "one-int4"):
+    for name in ("best-of-32", "one-bfloat16", "one-int4"):
         measured = json.loads((root / f"bench/results/scenes-{name}.json").read_text())["settings"]
         assert SamplingSettings(**measured) == pictures.SETTINGS
 
