@@ -3,8 +3,10 @@
 pytest bench                               the most important cases, and the table
 pytest bench --all --minutes 12 --results bench/results     all of them, into bench/results/DATE-DEVICE.json; what
                                            stands in that file already is not measured again, unless other processes
-                                           kept more than BUSY of the machine busy meanwhile
-pytest bench --all --again --results FILE  all of them once more: of a case's runs the median counts
+                                           kept more than BUSY of the machine busy meanwhile, or its ratio is not
+                                           settled: the same command again makes another run of it, RUNS at most
+pytest bench --all --again --results FILE  all of them once more
+                                           Of a case's runs the one of median ratio counts.
 pytest bench --benchmark-disable           every case once, at a toy size: does it run, is its result right?
 """
 
@@ -27,10 +29,11 @@ import pytest
 import torch
 
 from bench import device
-from bench.report import BUSY
+from bench.report import BUSY, SLOWER
 from bench.work import Work
 
 ROOT = Path(__file__).resolve().parent.parent
+RUNS = 5  # of a case whose ratio does not settle
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -100,6 +103,21 @@ def middle_run(before: dict[str, Any], record: dict[str, Any]) -> dict[str, Any]
     return {**record, **middle, "runs": runs}
 
 
+def settled(record: dict[str, Any]) -> bool:
+    """Whether another run would give nearly the same ratio: by its passes, if there are at least three, they all agree; of
+    several runs, those next to the median one do."""
+    if "ratios" not in record:  # nothing that it is compared with
+        return True
+    runs = record.get("runs", [record])
+    if len(runs) == 1:
+        low, high = record["ratios"]
+        return bool(record["passes"] >= 3 and high <= SLOWER * low)
+    order = sorted(run["ratio"] for run in runs if "ratio" in run)
+    middle = (len(order) - 1) // 2
+    near = order[max(0, middle - 1) : middle + 2]
+    return len(runs) >= RUNS or near[-1] <= SLOWER * near[0]
+
+
 class Store:
     """The results file: {"machine": …, "limits": …, "cases": {test: record}}, complete after every case."""
 
@@ -132,7 +150,7 @@ class Store:
         if self.again:
             return False
         record = self.data["cases"].get(test, {})
-        return bool({"seconds", "held_bytes"} & record.keys()) and record.get("others", 0.0) <= BUSY
+        return bool({"seconds", "held_bytes"} & record.keys()) and record.get("others", 0.0) <= BUSY and settled(record)
 
     def limits(self) -> dict[str, Any]:
         for _ in range(3):
@@ -149,7 +167,8 @@ class Store:
         before = self.earlier.setdefault(test, self.data["cases"].get(test, {}))
         record = {**record, "commit": self.commit}
         quieter = "seconds" in before and before.get("others", 0.0) < record.get("others", 0.0)
-        if self.again and "seconds" in before and "seconds" in record:
+        joined = self.again or (before.get("others", 0.0) <= BUSY and not settled(before))
+        if joined and "seconds" in before and "seconds" in record:
             self.data["cases"][test] = middle_run(before, record)
         elif not quieter or "failed" in record:
             self.data["cases"][test] = record

@@ -16,6 +16,7 @@ import pytest
 sys.path.append(str(Path(__file__).resolve().parent.parent))  # bench/ is not installed
 
 from bench import device, report, work
+from bench.conftest import RUNS, settled
 from bench.device import describe, floor
 from dalle_fast import cpu_backend
 from dalle_fast.config import ModelConfig
@@ -137,6 +138,45 @@ def test_runs_of_a_case_are_joined_by_their_median(tmp_path: Path) -> None:
     assert (record.get("ratio", 0.0), record["seconds"]) == order[1]
     assert record["share"] == next(run["share"] for run in record["runs"] if run["seconds"] == record["seconds"])
     assert all("runs" not in run and run["commit"] for run in record["runs"])
+
+
+@pytest.mark.parametrize(
+    ("runs", "expected"),
+    [
+        ([(5.0, 5.0, 5.0, 3)], True),
+        ([(5.0, 4.8, 5.4, 3)], True),
+        ([(5.0, 4.0, 5.4, 3)], False),  # its passes disagree
+        ([(5.0, 5.0, 5.0, 1)], False),  # a single pass may be of any moment
+        ([(5.0, 4.0, 6.0, 3), (5.5, 4.0, 6.0, 3)], True),
+        ([(5.0, 4.0, 6.0, 3), (6.0, 4.0, 6.0, 3)], False),
+        ([(5.0, 4.0, 6.0, 3), (6.0, 4.0, 6.0, 3), (5.6, 4.0, 6.0, 3)], False),
+        ([(5.2, 4.0, 6.0, 3), (9.0, 4.0, 6.0, 3), (5.0, 4.0, 6.0, 3), (5.4, 4.0, 6.0, 3)], True),
+        ([(1.0 + i, 1.0, 9.0, 3) for i in range(RUNS)], True),  # it will never settle
+    ],
+)
+def test_what_is_measured_again(runs: list[tuple[float, float, float, int]], expected: bool) -> None:
+    """A case is done when its ratio has settled; until then the same command makes another run of it."""
+    records = [
+        {"seconds": 1e-3, "ratio": ratio, "ratios": [low, high], "passes": passes} for ratio, low, high, passes in runs
+    ]
+    assert settled({**records[0], "runs": records} if len(records) > 1 else records[0]) == expected
+
+
+def test_an_unsettled_ratio_gets_another_run(tmp_path: Path) -> None:
+    if cpu_backend.kernels_why_not():
+        pytest.skip("the only contender is what others are compared with")
+    path = tmp_path / "unsettled.json"
+    limits = {"read": {"1000000": 1e10}, "copy": 1e10, "matmul": {"bfloat16": 1e11, "float32": 1e11}}
+    path.write_text(json.dumps({"machine": describe(), "limits": limits, "cases": {}}))
+    for ratios, runs in (([1.0, 1.0], 1), ([1.0, 2.0], 1), (None, 2)):
+        done = bench("--all", "--results", str(path), what=CASE)
+        assert done.returncode in (0, 5), done.stdout[-3000:] + done.stderr[-1000:]
+        written = json.loads(path.read_text())
+        (record,) = written["cases"].values()
+        assert len(record.get("runs", [record])) == runs
+        if ratios:  # what the first run found, as if its passes had agreed, then as if they had not
+            record |= {"ratios": ratios, "passes": 3}
+            path.write_text(json.dumps(written))
 
 
 def data() -> dict[str, Any]:
