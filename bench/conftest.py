@@ -3,10 +3,9 @@
 pytest bench                               the most important cases, and the table
 pytest bench --all --minutes 12 --results bench/results     all of them, into bench/results/DATE-DEVICE.json; what
                                            stands in that file already is not measured again, unless other processes
-                                           kept more than BUSY of the machine busy meanwhile, or its ratio is not
-                                           settled: the same command again makes another run of it, RUNS at most
-pytest bench --all --again --results FILE  all of them once more
-                                           Of a case's runs the one of median ratio counts.
+                                           kept more than BUSY of the machine busy meanwhile
+pytest bench --all --again --results FILE  all of them once more, then those that are not settled: of a case's runs the
+                                           one of median ratio counts, and others must agree with it, but for RUNS runs
 pytest bench --benchmark-disable           every case once, at a toy size: does it run, is its result right?
 """
 
@@ -33,7 +32,7 @@ from bench.report import BUSY, SLOWER
 from bench.work import Work
 
 ROOT = Path(__file__).resolve().parent.parent
-RUNS = 5  # of a case whose ratio does not settle
+RUNS = 5  # of a case that does not settle
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -43,7 +42,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption(
         "--again",
         action="store_true",
-        help="measure also what stands in the file; of all runs the one of median ratio counts",
+        help="measure also what stands in the file, unless its runs agree; of all runs the one of median ratio counts",
     )
     group.addoption("--wait", type=float, default=0.0, help="seconds to wait, before each case, for others to rest")
     group.addoption("--results", metavar="PATH", help="JSON file to write and to resume, or the folder for a new one")
@@ -104,18 +103,13 @@ def middle_run(before: dict[str, Any], record: dict[str, Any]) -> dict[str, Any]
 
 
 def settled(record: dict[str, Any]) -> bool:
-    """Whether another run would give nearly the same ratio: by its passes, if there are at least three, they all agree; of
-    several runs, those next to the median one do."""
-    if "ratios" not in record:  # nothing that it is compared with
-        return True
+    """Whether the runs next to the middle one agree with it. One run never tells, however well its passes agree: on a shared
+    machine they are of one moment."""
     runs = record.get("runs", [record])
-    if len(runs) == 1:
-        low, high = record["ratios"]
-        return bool(record["passes"] >= 3 and high <= SLOWER * low)
-    order = sorted(run["ratio"] for run in runs if "ratio" in run)
+    order = sorted(run.get("ratio", 0.0) if "ratios" in record else run["seconds"] for run in runs)
     middle = (len(order) - 1) // 2
     near = order[max(0, middle - 1) : middle + 2]
-    return len(runs) >= RUNS or near[-1] <= SLOWER * near[0]
+    return len(runs) >= RUNS or (len(runs) > 1 and near[-1] <= SLOWER * near[0])
 
 
 class Store:
@@ -147,10 +141,10 @@ class Store:
         return device.Reader()
 
     def has(self, test: str) -> bool:
-        if self.again:
-            return False
         record = self.data["cases"].get(test, {})
-        return bool({"seconds", "held_bytes"} & record.keys()) and record.get("others", 0.0) <= BUSY and settled(record)
+        if self.again:
+            return "seconds" in record and settled(record)
+        return bool({"seconds", "held_bytes"} & record.keys()) and record.get("others", 0.0) <= BUSY
 
     def limits(self) -> dict[str, Any]:
         for _ in range(3):
@@ -167,8 +161,7 @@ class Store:
         before = self.earlier.setdefault(test, self.data["cases"].get(test, {}))
         record = {**record, "commit": self.commit}
         quieter = "seconds" in before and before.get("others", 0.0) < record.get("others", 0.0)
-        joined = self.again or (before.get("others", 0.0) <= BUSY and not settled(before))
-        if joined and "seconds" in before and "seconds" in record:
+        if self.again and "seconds" in before and "seconds" in record:
             self.data["cases"][test] = middle_run(before, record)
         elif not quieter or "failed" in record:
             self.data["cases"][test] = record
