@@ -156,9 +156,8 @@ def test_runs_of_a_case_are_joined_by_their_median(tmp_path: Path) -> None:
 def test_what_is_settled(ratios: list[float], expected: bool) -> None:
     records: list[dict[str, Any]] = [{"seconds": 1e-3, "ratio": ratio, "ratios": [ratio, ratio]} for ratio in ratios]
     assert settled({**records[0], "runs": records} if len(records) > 1 else records[0]) == expected
-    times: list[dict[str, Any]] = [
-        {"seconds": ratio, "ratio": 1.0} for ratio in ratios
-    ]  # what others are compared with
+    # As of what others are compared with, which has no ratio of its own.
+    times: list[dict[str, Any]] = [{"seconds": ratio, "ratio": 1.0} for ratio in ratios]
     assert settled({**times[0], "runs": times} if len(times) > 1 else times[0]) == expected
 
 

@@ -12,6 +12,8 @@ import pytest
 sys.path.append(str(Path(__file__).resolve().parent.parent))  # bench/ is not installed
 
 from bench import report
+from dalle_fast.pipeline import DEMO
+from examples.scenes import evaluate
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -52,4 +54,10 @@ def test_scenes_in_the_readme_are_those_measured() -> None:
     for held_out, name in ((False, "combinations seen in training"), (True, "held-out combinations")):
         row = next(row for row in measured["rows"] if row["family"] == "all" and row["held_out"] == held_out)
         assert f"| {name} | {row['one']:.1%} | {row['best_of_n']:.1%} |".replace("%", " %") in text
+    for name in ("best-of-32", "one-bfloat16", "one-int4"):
+        assert json.loads((ROOT / f"bench/results/scenes-{name}.json").read_text())["weights"] == evaluate.hashes(
+            DEMO
+        ), name
+    dvae = json.loads((ROOT / "bench/results/scenes-dvae.json").read_text())["weights"]
+    assert dvae["dvae.safetensors"] == evaluate.hashes(DEMO)["dvae.safetensors"]
     assert measured["captions"] == 600 and "each of 600 fixed captions" in " ".join(text.split())

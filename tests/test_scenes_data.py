@@ -83,7 +83,7 @@ def test_plain_cells_share_a_code_and_forms_do_not_say_colours(codebook) -> None
 
 def test_no_piece_is_a_block() -> None:
     """What teaches the dVAE every form in every colour shows nothing that is held out."""
-    for number in range(200):
+    for number in range(pieces.COUNT):
         piece = pieces.sprite(number)[0].mask
         for shape in grammar.BLOCK_SHAPES:
             block = np.max([layer.mask for layer in render.block_sprite(shape, len(piece) // render.CELL)], 0)

@@ -107,13 +107,18 @@ def table(rows: list[dict[str, Any]], n: int) -> str:
     return "\n".join(lines)
 
 
-def setup(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
-    """All that the results depend on; the first line of the log."""
-    weights = {
+def hashes(folder: Path) -> dict[str, str]:
+    """Which weights a result is of."""
+    return {
         name: hashlib.sha256((folder / name).read_bytes()).hexdigest()[:16]
         for name in ("model.safetensors", "dvae.safetensors", "clip/model.safetensors")
         if (folder / name).exists()
     }
+
+
+def setup(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    """All that the results depend on; the first line of the log."""
+    weights = hashes(folder)
     settings = SamplingSettings(args.temperature, args.top_k, args.top_p, args.guidance, args.seed)
     return {"settings": asdict(settings), "n": args.n, "dtype": args.dtype, "device": args.device, "weights": weights}
 

@@ -19,7 +19,7 @@ from dalle_fast.pipeline import DEMO
 from dalle_fast.weights import write_text
 
 from . import checker, render
-from .evaluate import CAPTIONS, Question, questions
+from .evaluate import CAPTIONS, Question, hashes, questions
 from .grammar import FAMILIES
 from .steady_codes import Codebook, to_tensor
 
@@ -77,13 +77,12 @@ def main() -> None:
     parser.add_argument("--scenes", type=int, default=CAPTIONS, help="how many of the 600 (%(default)s)")
     parser.add_argument("--json", type=Path, help="where the rows go, e.g. bench/results/scenes-dvae.json")
     args = parser.parse_args()
-    rows = evaluate(DVAE.load(args.model), questions()[: args.scenes])
+    asked = questions()[: args.scenes]
+    rows = evaluate(DVAE.load(args.model), asked)
     print(table(rows))
     if args.json:
-        whole = {
-            "what": "scenes: what the dVAE keeps of 600, and what it makes of the codes they should have",
-            "rows": rows,
-        }
+        what = "scenes: what the dVAE keeps of them, and what it makes of the codes that they should have"
+        whole = {"what": what, "weights": hashes(args.model), "scenes": len(asked), "rows": rows}
         write_text(args.json, json.dumps(whole, indent=1) + "\n")
 
 

@@ -33,7 +33,7 @@ def _polygon(rng: np.random.Generator, size: int):
 
 def _broken_star(rng: np.random.Generator, size: int):
     """The star of the blocks, with three or four of its tips drawn in."""
-    star, drawn_in = render.star_corners(size), render.star_corners(size, tips=0.243)
+    star, drawn_in = render.star_corners(size), render.star_corners(size, tips=render.STAR_DENTS)
     for tip in rng.permutation(5)[: int(rng.integers(3, 5))]:
         star[2 * tip] = drawn_in[2 * tip]
     return star

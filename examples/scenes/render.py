@@ -96,7 +96,10 @@ def polygon_sprite(cells: int, corners) -> tuple[Layer, ...]:
     return (Layer(_mask(cells * CELL, cells * CELL, "polygon", corners), "fill"),)
 
 
-def star_corners(size: float, tips: float = 0.54, dents: float = 0.243):
+STAR_TIPS, STAR_DENTS = 0.54, 0.243  # distances from a block star's centre, in its sizes
+
+
+def star_corners(size: float, tips: float = STAR_TIPS, dents: float = STAR_DENTS):
     """Ten corners of a star in a square of `size` px, from the top clockwise; distances from its centre in sizes."""
     return _regular(size / 2, size * 0.53, size * tips, 10, inner=dents / tips)
 

@@ -129,7 +129,9 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--pictures", type=int, default=3000, help="to render and learn from")
     parser.add_argument("--hidden", type=int, default=32)
-    parser.add_argument("--lr", type=float, default=3e-3, help="at first; it falls to 0 in the second half")
+    parser.add_argument(
+        "--lr", type=float, default=3e-3, help="at first; it falls to 0 in the second half, with --init from half of it"
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()
@@ -158,7 +160,7 @@ def main() -> None:
     for step in bar:
         progress = began + (1 - began) * step / args.steps
         for group in optimizer.param_groups:
-            group["lr"] = args.lr * min(1.0, (step + 1) / 200, 2 * (1 - progress) ** 1.0)
+            group["lr"] = args.lr * min(1.0, (step + 1) / 200, 2 * (1 - progress))
         x, codes = (y.to(args.device) for y in batch_of(pictures(progress >= ALONE), step, args.batch, args.seed))
         noise = torch.Generator(args.device).manual_seed(args.seed * 1_000_003 + step)
         with torch.autocast(args.device, torch.bfloat16, working_type(args.device) == torch.bfloat16):
