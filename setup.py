@@ -4,7 +4,7 @@ Because no torch header is involved, `pip install .` works in build isolation an
 compiles, in build/, so that a second build compiles only what changed. Which parts were built, and why one was not, is
 written to `_build_info.json` beside the module; `dalle-fast info` prints it.
 
-A source csrc/cpu/*_avx2.cpp, *_avx512.cpp or *_amx.cpp is compiled for that instruction set; all others must run on any CPU.
+A source csrc/cpu/*_SET.cpp, SET one of ISA_FLAGS, is compiled for that instruction set; all others must run on any CPU.
 
 Environment
   DALLE_FAST_BUILD       auto (default): build unless there is no compiler; 1: fail without one; 0: no `_C` at all
@@ -37,11 +37,12 @@ INSTALL_COMPILER = "Debian and Ubuntu: apt install g++ python3-dev; then install
 INSTALL_NVCC = "install the CUDA toolkit (or set CUDA_HOME), then install dalle_fast again"
 
 CXX_FLAGS = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-pthread", "-Wall", "-Wextra"]
-AVX512_FLAGS = [*(f"-mavx512{part}" for part in ("f", "bw", "vl", "dq", "bf16", "vnni")), "-mfma", "-mf16c"]
+VNNI_FLAGS = [*(f"-mavx512{part}" for part in ("f", "bw", "vl", "dq", "vnni")), "-mfma", "-mf16c"]
 ISA_FLAGS = {
     "avx2": ["-mavx2", "-mfma", "-mf16c"],
-    "avx512": AVX512_FLAGS,
-    "amx": [*AVX512_FLAGS, *(f"-mamx-{part}" for part in ("tile", "bf16", "int8"))],
+    "avx512_vnni": VNNI_FLAGS,
+    "avx512": [*VNNI_FLAGS, "-mavx512bf16"],
+    "amx": [*VNNI_FLAGS, "-mavx512bf16", *(f"-mamx-{part}" for part in ("tile", "bf16", "int8"))],
 }
 DEFAULT_ARCH_LIST = "8.0;9.0a;10.0+PTX"
 # A spill to local memory, a stack frame or any warning in a kernel fails the build: each costs more than it says.

@@ -25,7 +25,7 @@ def run(code_or_files, **environment):
     )
 
 
-@pytest.mark.parametrize("isa", ["portable", "avx2", "avx512", "amx"])
+@pytest.mark.parametrize("isa", ["portable", "avx2", "avx512_vnni", "avx512", "amx"])
 def test_instruction_set(isa):
     if isa == cpu_backend.kernels().isa():
         pytest.skip("it is the one that this run tests already")

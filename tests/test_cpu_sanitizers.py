@@ -12,7 +12,9 @@ import pytest
 HERE = Path(__file__).parent
 SOURCES = HERE.parent / "csrc"
 COMPILER = shutil.which(os.environ.get("CXX", "g++")) or shutil.which("clang++")
-PORTABLE = [p for p in sorted((SOURCES / "cpu").glob("*.cpp")) if not p.stem.endswith(("_avx2", "_avx512", "_amx"))]
+# Each set beside the flag of /proc/cpuinfo that it asks most of.
+SETS = {"avx2": "avx2", "avx512_vnni": "avx512_vnni", "avx512": "avx512_bf16", "amx": "amx_bf16"}
+PORTABLE = [p for p in sorted((SOURCES / "cpu").glob("*.cpp")) if not p.stem.endswith(tuple("_" + isa for isa in SETS))]
 
 pytestmark = pytest.mark.skipif(COMPILER is None or not SOURCES.is_dir(), reason="no C++ compiler or no sources here")
 
@@ -36,7 +38,7 @@ def compile_all(folder, sanitizers):
     flags_of = runpy.run_path(str(HERE.parent / "setup.py"))["ISA_FLAGS"]
     sets, wide, define = ["portable"], [], []
     has = Path("/proc/cpuinfo").read_text() if platform.machine() == "x86_64" else ""
-    for isa, flag in (("avx2", "avx2"), ("avx512", "avx512_bf16"), ("amx", "amx_bf16")):
+    for isa, flag in SETS.items():
         if flag in has:
             sets.append(isa)
             wide.append((SOURCES / f"cpu/kernels_{isa}.cpp", flags_of[isa]))

@@ -15,6 +15,9 @@
 #ifndef DALLE_FAST_HAS_AVX2
 #define DALLE_FAST_HAS_AVX2 0
 #endif
+#ifndef DALLE_FAST_HAS_AVX512_VNNI
+#define DALLE_FAST_HAS_AVX512_VNNI 0
+#endif
 #ifndef DALLE_FAST_HAS_AVX512
 #define DALLE_FAST_HAS_AVX512 0
 #endif
@@ -33,13 +36,24 @@ const Kernels* avx2() {
   return nullptr;
 }
 
+#if DALLE_FAST_HAS_AVX512_VNNI || DALLE_FAST_HAS_AVX512
+bool has_vnni() {
+  __builtin_cpu_init();
+  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
+         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vnni");
+}
+#endif
+
+const Kernels* avx512_vnni() {
+#if DALLE_FAST_HAS_AVX512_VNNI
+  if (has_vnni()) return avx512_vnni_kernels();
+#endif
+  return nullptr;
+}
+
 const Kernels* avx512() {
 #if DALLE_FAST_HAS_AVX512
-  __builtin_cpu_init();
-  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
-      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512bf16") &&
-      __builtin_cpu_supports("avx512vnni"))
-    return avx512_kernels();
+  if (has_vnni() && __builtin_cpu_supports("avx512bf16")) return avx512_kernels();
 #endif
   return nullptr;
 }
@@ -64,14 +78,18 @@ const Kernels* choose() {
   if (name.empty()) {
     found = amx();
     if (!found) found = avx512();
+    if (!found) found = avx512_vnni();
     if (!found) found = avx2();
     return found ? found : portable_kernels();
   }
   if (name == "portable") found = portable_kernels();
   else if (name == "avx2") found = avx2();
+  else if (name == "avx512_vnni") found = avx512_vnni();
   else if (name == "avx512") found = avx512();
   else if (name == "amx") found = amx();
-  else throw std::invalid_argument("got DALLE_FAST_CPU_ISA='" + name + "', expected portable, avx2, avx512 or amx");
+  else
+    throw std::invalid_argument("got DALLE_FAST_CPU_ISA='" + name +
+                                "', expected portable, avx2, avx512_vnni, avx512 or amx");
   if (!found)
     throw std::invalid_argument("DALLE_FAST_CPU_ISA=" + name + ", which this machine or this build does not have");
   return found;

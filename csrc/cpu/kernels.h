@@ -108,11 +108,12 @@ inline int64_t attend_scratch(int64_t prefix_keys, int64_t most_slots) {
 
 const Kernels* portable_kernels();
 const Kernels* avx2_kernels();
+const Kernels* avx512_vnni_kernels();
 const Kernels* avx512_kernels();
 const Kernels* amx_kernels();
 
-// The best set that this machine and this build have; DALLE_FAST_CPU_ISA=portable|avx2|avx512|amx forces one.
-// Throws std::invalid_argument if the one asked for is not there.
+// The best set that this machine and this build have; DALLE_FAST_CPU_ISA=portable|avx2|avx512_vnni|avx512|amx
+// forces one. Throws std::invalid_argument if the one asked for is not there.
 const Kernels& kernels();
 
 }  // namespace dalle_fast::cpu

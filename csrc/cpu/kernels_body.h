@@ -7,7 +7,7 @@
 #if defined(__AMX_TILE__)
 #include "cpu/attention_amx.h"
 #include "cpu/linear_amx.h"
-#elif defined(__AVX512BF16__)
+#elif defined(__AVX512VNNI__)
 #include "cpu/linear_avx512.h"
 #elif defined(__AVX2__)
 #include "cpu/linear_avx2.h"
@@ -25,6 +25,8 @@ DF_INLINE void call_linear(const PanelFunction (&by_rows)[N], const PackedWeight
 inline Encoding encoding(DType weight) {
 #if defined(__AVX512BF16__)
   if (weight == DType::bfloat16) return Encoding::bfloat16;
+#endif
+#if defined(__AVX512VNNI__)
   if (weight == DType::int8 || weight == DType::int4) return Encoding::split16;
 #elif defined(__AVX2__)
   if (weight == DType::int8 || weight == DType::int4) return Encoding::int16;
@@ -58,6 +60,8 @@ inline void linear(const PackedWeight& w, const Encoded& x, int rows, int begin,
 inline void encode(const float* x, int n, int row, const Encoded& out) {
 #if defined(__AVX512BF16__)
   if (out.encoding == Encoding::bfloat16) return encode_bf16(x, n, out.data + row * out.row_bytes);
+#endif
+#if defined(__AVX512VNNI__)
   if (out.encoding == Encoding::split16) return encode_split16(x, n, row, out);
 #elif defined(__AVX2__)
   if (out.encoding == Encoding::int16) return encode_int16(x, n, row, out);

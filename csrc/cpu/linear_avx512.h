@@ -1,4 +1,5 @@
 // skinny_linear's inner loops by the AVX-512 dot-product instructions: vdpbf16ps adds 2 products a lane, vpdpbusd 4.
+// Cascade Lake and Ice Lake have the latter only: there bf16 weights meet float32 activations, as with AVX2.
 // Panels of 32 outputs are 2 registers of weights; every row adds 2 (bf16) or 4 (split16) accumulators.
 #pragma once
 
@@ -7,6 +8,7 @@
 namespace dalle_fast::cpu {
 namespace {
 
+#if defined(__AVX512BF16__)
 template <int R>
 void panel_bf16(const PackedWeight& w, const uint8_t* data, const Encoded& x, int row, float* out) {
   const uint8_t* rows[R];
@@ -26,6 +28,19 @@ void panel_bf16(const PackedWeight& w, const uint8_t* data, const Encoded& x, in
   for (int r = 0; r < R; ++r)
     for (int v = 0; v < 2; ++v) _mm512_storeu_ps(out + r * kPanel + v * 16, sum[r][v]);
 }
+
+constexpr PanelFunction bf16_panels[] = {panel_bf16<1>, panel_bf16<2>, panel_bf16<3>, panel_bf16<4>,
+                                         panel_bf16<5>, panel_bf16<6>, panel_bf16<7>, panel_bf16<8>};
+
+inline void encode_bf16(const float* x, int n, uint8_t* out) {
+  int i = 0;
+  for (; i + 16 <= n; i += 16) {
+    const __m256bh h = _mm512_cvtneps_pbh(_mm512_loadu_ps(x + i));
+    std::memcpy(out + 2 * i, &h, sizeof h);
+  }
+  for (; i < n; ++i) reinterpret_cast<uint16_t*>(out)[i] = float_to_bf16(x[i]);
+}
+#endif
 
 DF_INLINE __m512i bytes4(const uint8_t* p) { return _mm512_set1_epi32(*reinterpret_cast<const int32_t*>(p)); }
 
@@ -117,19 +132,8 @@ void panel_int4(const PackedWeight& w, const uint8_t* data, const Encoded& x, in
       _mm512_storeu_ps(out + r * kPanel + v * 16, _mm512_mul_ps(total[r][v], _mm512_set1_ps(x.step[row + r])));
 }
 
-constexpr PanelFunction bf16_panels[] = {panel_bf16<1>, panel_bf16<2>, panel_bf16<3>, panel_bf16<4>,
-                                         panel_bf16<5>, panel_bf16<6>, panel_bf16<7>, panel_bf16<8>};
 constexpr PanelFunction int8_panels[] = {panel_int8<1>, panel_int8<2>, panel_int8<3>, panel_int8<4>};
 constexpr PanelFunction int4_panels[] = {panel_int4<1>, panel_int4<2>, panel_int4<3>, panel_int4<4>};
-
-inline void encode_bf16(const float* x, int n, uint8_t* out) {
-  int i = 0;
-  for (; i + 16 <= n; i += 16) {
-    const __m256bh h = _mm512_cvtneps_pbh(_mm512_loadu_ps(x + i));
-    std::memcpy(out + 2 * i, &h, sizeof h);
-  }
-  for (; i < n; ++i) reinterpret_cast<uint16_t*>(out)[i] = float_to_bf16(x[i]);
-}
 
 // 16 bits: the largest magnitude becomes 32512 = 127 * 256, so that hi stays within int8.
 inline void encode_split16(const float* x, int n, int row, const Encoded& out) {
