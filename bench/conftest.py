@@ -93,23 +93,39 @@ def commit() -> str:
     return head.stdout.strip() + "+" * bool(changed.stdout.strip())
 
 
+def counted(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Those that no other process disturbed, if there are any."""
+    return [run for run in runs if run.get("others", 0.0) <= BUSY] or runs
+
+
 def middle_run(before: dict[str, Any], record: dict[str, Any]) -> dict[str, Any]:
-    """Of all runs of a case the one of median ratio (of median time, where that is the same), and `runs`, all of them: on a
-    machine that is shared with others a median over hours says more than one over seconds."""
+    """Of all runs of a case that count the one of median ratio (of median time, where that is the same), and `runs`, all of
+    them: on a machine that is shared with others a median over hours says more than one over seconds."""
     plain = {name: value for name, value in before.items() if name not in ("runs", "by_position")}
     runs = [*before.get("runs", [plain]), {name: value for name, value in record.items() if name != "by_position"}]
-    middle = sorted(runs, key=lambda run: (run.get("ratio", 0.0), run["seconds"]))[(len(runs) - 1) // 2]
-    return {**record, **middle, "runs": runs}
+    order = sorted(counted(runs), key=lambda run: (run.get("ratio", 0.0), run["seconds"]))
+    return {**record, **order[(len(order) - 1) // 2], "runs": runs}
+
+
+def ratio(passes: torch.Tensor, moments: torch.Tensor) -> float:
+    """How many times as long passes [P, positions] took as the moments [P + 1, calls] of something else before and after each.
+
+    A pass of many short steps would carry every pause of a shared machine into its mean. But others only ever slow down, and
+    seldom the same step in all passes: each step counts at its fastest. Passes of one call meet the moments around."""
+    if passes.shape[1] > 1:
+        return float(passes.min(0).values.mean() / moments.min(0).values.mean())
+    around = (moments[1:] + moments[:-1]).mean(1) / 2
+    return float((passes[:, 0] / around).median())
 
 
 def settled(record: dict[str, Any]) -> bool:
     """Whether the runs next to the middle one agree with it. One run never tells, however well its passes agree: on a shared
     machine they are of one moment."""
     runs = record.get("runs", [record])
-    order = sorted(run.get("ratio", 0.0) if "ratios" in record else run["seconds"] for run in runs)
+    order = sorted(run.get("ratio", 0.0) if "ratios" in record else run["seconds"] for run in counted(runs))
     middle = (len(order) - 1) // 2
     near = order[max(0, middle - 1) : middle + 2]
-    return len(runs) >= RUNS or (len(runs) > 1 and near[-1] <= SLOWER * near[0])
+    return len(runs) >= RUNS or (len(order) > 1 and near[-1] <= SLOWER * near[0])
 
 
 class Store:
@@ -202,19 +218,20 @@ class Measure:
 
     def __call__(
         self, run: Callable[[], Any], *, work: Work | None = None, positions: list[int] | None = None, passes: int = 5,
-        setup: Callable[[], None] | None = None, calls: int = 1, warmup: int = 1, against: Callable[[], float] | None = None,
+        setup: Callable[[], None] | None = None, calls: int = 1, warmup: int = 1,
+        against: Callable[[], list[float]] | None = None,
     ) -> None:  # fmt: skip
         """Times `passes` passes over `positions` (default: one), each a round after `setup`, and records the median of the
         passes' means, with their 10 % and 90 % quantiles. calls: how often a round does what is measured.
 
         A CPU's memory and cores may be shared with others, and what they leave changes within seconds. So what a case is
-        compared with is measured beside it: `against` plays what its column is held against for a moment and returns seconds
-        a call, before each pass and after the last, for the ratio; and where the caches hold next to nothing of what must be
-        read, memory is read before every round, for the share."""
+        compared with is measured beside it: `against` plays what its column is held against for a moment, the same calls each
+        time, and returns their seconds, before each pass and after the last, for the ratio; and where the caches hold next to
+        nothing of what must be read, memory is read before every round, for the share."""
         a_pass = len(positions or [0])
         rounds = passes * a_pass
         rates: list[float] = []
-        beside: list[float] = []
+        beside: list[list[float]] = []
         reader = self.reader if self.reader and work and work.bytes >= self.reader.nbytes else None
         count = itertools.count(-warmup)
 
@@ -245,9 +262,9 @@ class Measure:
             share = float((reading / times.mean(1)).median())
             rate = work.bytes / (share * seconds)
         if beside:
-            around = torch.tensor(list(itertools.pairwise(beside)), dtype=torch.float64).mean(1)
-            ratios = times.mean(1) / around
-            self.facts |= {"ratio": float(ratios.median()), "ratios": [float(ratios.min()), float(ratios.max())]}
+            moments = torch.tensor(beside, dtype=torch.float64)
+            each = times.mean(1) / (moments[1:] + moments[:-1]).mean(1) * 2
+            self.facts |= {"ratio": ratio(times, moments), "ratios": [float(each.min()), float(each.max())]}
         self.record(seconds, means.quantile(0.1).item(), means.quantile(0.9).item(), passes, work, rate)
         if positions and len(positions) > 1:
             parts = list(zip(positions, times.median(0).values.tolist(), strict=True))

@@ -8,7 +8,7 @@ from __future__ import annotations
 import resource
 from collections.abc import Iterator, Mapping
 from functools import lru_cache
-from itertools import cycle
+from itertools import cycle, pairwise
 from typing import Any
 from zlib import crc32
 
@@ -104,7 +104,7 @@ def preset(name: str, small: bool) -> ModelConfig:
 
 
 class Beside:
-    """Our bfloat16, which the others are measured in turns with. Called, it takes three steps and returns seconds a step."""
+    """Our bfloat16, which the others are measured in turns with. Called, it takes three steps and returns their seconds."""
 
     def __init__(self, config: ModelConfig, batch: int) -> None:
         self.engine = cpu_engine.CpuEngine(RandomWeights(config), config, dtype="bfloat16")
@@ -112,11 +112,12 @@ class Beside:
         self.batch, self.turn = batch, cycle(range(CELLS))
         self.engine.prefill(text, batch)
 
-    def __call__(self) -> float:
-        start = clock()
+    def __call__(self) -> list[float]:
+        times = [clock()]
         for _ in range(3):
             self.engine.step(self.tokens[:, next(self.turn)].expand(self.batch))
-        return (clock() - start) / 3
+            times.append(clock())
+        return [end - start for start, end in pairwise(times)]
 
 
 beside = lru_cache(maxsize=2)(Beside)

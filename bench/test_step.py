@@ -5,10 +5,10 @@ Peers with a growing cache are sampled at evenly spaced cells; dalle_fast plays 
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from copy import deepcopy
 from functools import lru_cache
-from itertools import cycle
 
 import pytest
 import torch
@@ -131,7 +131,7 @@ TITLES = {
 
 class Beside:
     """Our first contender, which the others of its column are measured in turns with. Called, it plays a whole picture and
-    returns seconds a step."""
+    returns the seconds of each step."""
 
     def __init__(self, architecture: str, batch: int, small: bool) -> None:
         self.contender, self.dtype = OURS[0]
@@ -140,12 +140,13 @@ class Beside:
         self.stepper = self.contender(subject(architecture, small), self.dtype, batch)
         self.steps = subject(architecture, small).config.cells - 1
 
-    def __call__(self) -> float:
+    def __call__(self) -> list[float]:
         self.stepper.seek(0)
-        start = clock()
+        times = [clock()]
         for _ in range(self.steps):
             self.stepper.step()
-        return (clock() - start) / self.steps
+            times.append(clock())
+        return [end - start for start, end in itertools.pairwise(times)]
 
 
 beside = lru_cache(maxsize=1)(Beside)
@@ -201,12 +202,12 @@ def test_generate_images(batch: int, dtype: str, measure: Measure) -> None:
     steps = s.config.cells - 2
     count = min(steps, stepper.positions)
     positions = [int((i + 0.5) * steps / count) for i in range(count)]
-    turn = cycle(positions)
+    turn = itertools.cycle(positions)
     measure(stepper.step, positions=positions, passes=1, setup=lambda: stepper.seek(next(turn)), warmup=0)
 
 
 def time_steps(
-    measure: Measure, s: Subject, stepper: Stepper, dtype: str, batch: int, against: Callable[[], float] | None
+    measure: Measure, s: Subject, stepper: Stepper, dtype: str, batch: int, against: Callable[[], list[float]] | None
 ) -> None:
     """Checks the logits at the cells of the subject, then times; what is played while timing is checked as well."""
     for cell in s.cells[:-2] if stepper.positions is None and not measure.small else s.cells:
@@ -215,7 +216,7 @@ def time_steps(
     steps = s.config.cells - 1
     count = min(steps, stepper.positions or steps)
     positions = [int((i + 0.5) * steps / count) for i in range(count)]
-    turn, last = cycle(positions), [-1, torch.empty(0)]
+    turn, last = itertools.cycle(positions), [-1, torch.empty(0)]
 
     def verify() -> None:
         if last[0] in s.expected:

@@ -12,11 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 sys.path.append(str(Path(__file__).resolve().parent.parent))  # bench/ is not installed
 
 from bench import device, report, work
-from bench.conftest import settled
+from bench.conftest import middle_run, ratio, settled
 from bench.device import describe, floor
 from dalle_fast import cpu_backend
 from dalle_fast.config import ModelConfig
@@ -124,6 +125,23 @@ def test_a_ratio_is_measured_in_turns(tmp_path: Path) -> None:
         assert usual["ratios"][0] <= usual["ratio"] <= usual["ratios"][1]
 
 
+def test_neighbours_that_come_and_go_do_not_change_a_ratio() -> None:
+    """Two in three steps take up to ten times as long; the later a cell, the longer its step."""
+    g = torch.Generator().manual_seed(0)
+
+    def slowed(quiet: torch.Tensor) -> torch.Tensor:
+        draw = torch.rand(quiet.shape, generator=g, dtype=torch.float64)
+        return quiet * torch.where(draw < 2 / 3, 1 + 9 * draw, 1.0)
+
+    case = torch.linspace(3.0, 6.0, 100, dtype=torch.float64).expand(5, -1)
+    other = torch.linspace(1.0, 2.0, 1000, dtype=torch.float64).expand(6, -1)
+    assert ratio(case, other) == pytest.approx(3.0)
+    assert ratio(slowed(case), slowed(other)) == pytest.approx(3.0, rel=0.1)
+    # Of a single call a pass, the moments around it.
+    times = torch.tensor([[6.0], [60.0], [6.0]], dtype=torch.float64)
+    assert ratio(times, torch.tensor([[2.0], [2.0], [38.0], [2.0]], dtype=torch.float64)) == pytest.approx(3.0)
+
+
 def test_runs_of_a_case_are_joined_by_their_median(tmp_path: Path) -> None:
     path = tmp_path / "again.json"
     limits = {"read": {"1000000": 1e10}, "copy": 1e10, "matmul": {"bfloat16": 1e11, "float32": 1e11}}
@@ -159,6 +177,17 @@ def test_what_is_settled(ratios: list[float], expected: bool) -> None:
     # As of what others are compared with, which has no ratio of its own.
     times: list[dict[str, Any]] = [{"seconds": ratio, "ratio": 1.0} for ratio in ratios]
     assert settled({**times[0], "runs": times} if len(times) > 1 else times[0]) == expected
+
+
+def test_a_run_beside_busy_neighbours_counts_only_where_there_is_no_other() -> None:
+    def run(x: float, others: float) -> dict[str, Any]:
+        return {"seconds": 1e-3, "ratio": x, "ratios": [x, x], "others": others}
+
+    joined = middle_run(run(9.0, 0.5), run(5.0, 0.0))
+    assert joined["ratio"] == 5.0 and joined["runs"] == [run(9.0, 0.5), run(5.0, 0.0)] and not settled(joined)
+    joined = middle_run(joined, run(5.1, 0.0))
+    assert joined["ratio"] == 5.0 and settled(joined)
+    assert middle_run(run(9.0, 0.5), run(8.0, 0.5))["ratio"] == 8.0
 
 
 def test_again_leaves_out_what_is_settled(tmp_path: Path) -> None:
