@@ -48,6 +48,12 @@ def test_a_figure_written_by_hand_is_found() -> None:
     assert unmarked("<!-- figure: x -->3 ms<!-- /figure -->\n<!-- bench: y -->\n4 ms\n<!-- /bench -->") == []
 
 
+def test_the_two_runs_beside_busy_neighbours_agree() -> None:
+    one, two = sorted((ROOT / "bench/results/earlier").glob("*-avx-512-vnni-2-cores*.json"))
+    measured = [case for case in json.loads(one.read_text())["cases"].values() if "ratios" in case]
+    assert len(measured) == 11 and report.main([str(one), "--repeated", str(two)]) == 0
+
+
 def test_scenes_in_the_readme_are_those_measured() -> None:
     measured = json.loads((ROOT / "bench/results/scenes-best-of-32.json").read_text())
     text = (ROOT / "README.md").read_text()
