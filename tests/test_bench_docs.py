@@ -49,7 +49,7 @@ def test_a_figure_written_by_hand_is_found() -> None:
 
 
 def test_the_two_runs_beside_busy_neighbours_agree() -> None:
-    one, two = sorted((ROOT / "bench/results/earlier").glob("*-avx-512-vnni-2-cores*.json"))
+    one, two = sorted((ROOT / "bench/results/earlier").glob("2026-11-27-*-vnni-2-cores*.json"))
     measured = [case for case in json.loads(one.read_text())["cases"].values() if "ratios" in case]
     assert len(measured) == 11 and report.main([str(one), "--repeated", str(two)]) == 0
 
