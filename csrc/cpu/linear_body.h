@@ -10,8 +10,8 @@ namespace {
 
 constexpr int V = kPanel / W;    // vectors across a panel
 // Bytes ahead in the stream of weights, as measured. AMX (1.3B, one row): int4 36 ms a step, with 1024 40; int8 63 and 68.
-// Without bf16 instructions, on two cores of an Emerald Rapids Xeon: bf16 of 512 x 2048 for one row 39 µs, with 2048 42, with 1024
-// 47; for 8 rows 60, 65, 87.
+// Without bf16 instructions, on two cores of an Emerald Rapids Xeon: bf16 of 512 x 2048 for one row 39 µs, with 2048 42, with
+// 1024 47; for 8 rows 60, 65, 87.
 #if defined(__AMX_TILE__)
 constexpr int kPrefetch = 2048;
 #elif defined(__AVX512BF16__)
