@@ -107,15 +107,22 @@ def middle_run(before: dict[str, Any], record: dict[str, Any]) -> dict[str, Any]
     return {**record, **order[(len(order) - 1) // 2], "runs": runs}
 
 
+def turns(passes: torch.Tensor, moments: torch.Tensor) -> torch.Tensor:
+    """How many times as long each of P passes [P, positions] took as the moments [P + 1, calls] of something else around it."""
+    return passes.mean(1) / ((moments[:-1] + moments[1:]).mean(1) / 2)
+
+
 def ratio(passes: torch.Tensor, moments: torch.Tensor) -> float:
-    """How many times as long passes [P, positions] took as the moments [P + 1, calls] of something else before and after each.
+    """The ratio that counts: of passes of one call the median of turns().
 
     A pass of many short steps would carry every pause of a shared machine into its mean. But others only ever slow down, and
-    seldom the same step in all passes: each step counts at its fastest. Passes of one call meet the moments around."""
-    if passes.shape[1] > 1:
-        return float(passes.min(0).values.mean() / moments.min(0).values.mean())
-    around = (moments[1:] + moments[:-1]).mean(1) / 2
-    return float((passes[:, 0] / around).median())
+    seldom the same step in all passes: each step counts at its fastest, of P passes and of P moments (without the last, and
+    without the first).
+    """
+    if passes.shape[1] == 1:
+        return float(turns(passes, moments).median())
+    best = torch.stack([moments[:-1].min(0).values, moments[1:].min(0).values])
+    return float(passes.min(0).values.mean() / best.mean())
 
 
 def settled(record: dict[str, Any]) -> bool:
@@ -263,7 +270,7 @@ class Measure:
             rate = work.bytes / (share * seconds)
         if beside:
             moments = torch.tensor(beside, dtype=torch.float64)
-            each = times.mean(1) / (moments[1:] + moments[:-1]).mean(1) * 2
+            each = turns(times, moments)
             self.facts |= {"ratio": ratio(times, moments), "ratios": [float(each.min()), float(each.max())]}
         self.record(seconds, means.quantile(0.1).item(), means.quantile(0.9).item(), passes, work, rate)
         if positions and len(positions) > 1:

@@ -5,10 +5,10 @@ Peers with a growing cache are sampled at evenly spaced cells; dalle_fast plays 
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable
 from copy import deepcopy
 from functools import lru_cache
+from itertools import cycle, pairwise
 
 import pytest
 import torch
@@ -146,7 +146,7 @@ class Beside:
         for _ in range(self.steps):
             self.stepper.step()
             times.append(clock())
-        return [end - start for start, end in itertools.pairwise(times)]
+        return [end - start for start, end in pairwise(times)]
 
 
 beside = lru_cache(maxsize=1)(Beside)
@@ -202,7 +202,7 @@ def test_generate_images(batch: int, dtype: str, measure: Measure) -> None:
     steps = s.config.cells - 2
     count = min(steps, stepper.positions)
     positions = [int((i + 0.5) * steps / count) for i in range(count)]
-    turn = itertools.cycle(positions)
+    turn = cycle(positions)
     measure(stepper.step, positions=positions, passes=1, setup=lambda: stepper.seek(next(turn)), warmup=0)
 
 
@@ -216,7 +216,7 @@ def time_steps(
     steps = s.config.cells - 1
     count = min(steps, stepper.positions or steps)
     positions = [int((i + 0.5) * steps / count) for i in range(count)]
-    turn, last = itertools.cycle(positions), [-1, torch.empty(0)]
+    turn, last = cycle(positions), [-1, torch.empty(0)]
 
     def verify() -> None:
         if last[0] in s.expected:

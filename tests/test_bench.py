@@ -137,6 +137,8 @@ def test_neighbours_that_come_and_go_do_not_change_a_ratio() -> None:
     other = torch.linspace(1.0, 2.0, 1000, dtype=torch.float64).expand(6, -1)
     assert ratio(case, other) == pytest.approx(3.0)
     assert ratio(slowed(case), slowed(other)) == pytest.approx(3.0, rel=0.1)
+    # Both sides are looked at equally often: of one pass, no moment is picked.
+    assert ratio(case[:1], other[:2] * torch.tensor([[1.0], [3.0]])) == pytest.approx(1.5)
     # Of a single call a pass, the moments around it.
     times = torch.tensor([[6.0], [60.0], [6.0]], dtype=torch.float64)
     assert ratio(times, torch.tensor([[2.0], [2.0], [38.0], [2.0]], dtype=torch.float64)) == pytest.approx(3.0)
