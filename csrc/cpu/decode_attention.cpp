@@ -66,10 +66,9 @@ void decode_attention(const DecodeAttentionParams& p, int threads) {
       for (int r = 0; r < count; ++r) {
         const int64_t b = prompt * group + r / p.cells_now,
                       to = ((b * p.heads + head) * p.cells_now + r % p.cells_now) * dim;
-        for (int64_t d = 0; d < dim; ++d) {
-          if (bf16) static_cast<uint16_t*>(p.out)[to + d] = float_to_bf16(out[r * dim + d]);
-          else static_cast<float*>(p.out)[to + d] = out[r * dim + d];
-        }
+        const float* from = out.data() + r * dim;
+        if (bf16) kernels().to_bf16(from, p.dim, static_cast<uint16_t*>(p.out) + to);
+        else std::memcpy(static_cast<float*>(p.out) + to, from, static_cast<size_t>(dim) * 4);
       }
     }
   });

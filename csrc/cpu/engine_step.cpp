@@ -7,22 +7,9 @@
 namespace dalle_fast::cpu {
 namespace {
 
-// Turns channel pairs (0, 1), (2, 3), … of a head by the position's angles.
-void rotate(float* x, const float* cosines, const float* sines, int channels) {
-  for (int i = 0; i < channels; i += 2) {
-    const float a = x[i], b = x[i + 1];
-    x[i] = a * cosines[i] - b * sines[i];
-    x[i + 1] = b * cosines[i + 1] + a * sines[i + 1];
-  }
-}
-
 void store_cached(const float* x, int n, DType cache, void* base, int64_t at) {
-  if (cache == DType::float32) {
-    std::memcpy(static_cast<float*>(base) + at, x, static_cast<size_t>(n) * 4);
-  } else {
-    uint16_t* to = static_cast<uint16_t*>(base) + at;
-    for (int i = 0; i < n; ++i) to[i] = float_to_bf16(x[i]);
-  }
+  if (cache == DType::float32) std::memcpy(static_cast<float*>(base) + at, x, static_cast<size_t>(n) * 4);
+  else kernels().to_bf16(x, n, static_cast<uint16_t*>(base) + at);
 }
 
 }  // namespace
@@ -127,8 +114,8 @@ void Engine::attend(const Rows& rows, int layer, const Team& team, Worker& worke
       const int place = rows.text ? row : shape_.text_len + position_ + row % per;
       if (shape_.rotary_dim)
         for (float* x : {q, k, v})
-          rotate(x, cosines_.data() + static_cast<size_t>(place) * shape_.rotary_dim,
-                 sines_.data() + static_cast<size_t>(place) * shape_.rotary_dim, shape_.rotary_dim);
+          kernels().rotate(x, cosines_.data() + static_cast<size_t>(place) * shape_.rotary_dim,
+                           sines_.data() + static_cast<size_t>(place) * shape_.rotary_dim, shape_.rotary_dim);
       AttentionRow& a = worker.attention[count++];
       a = AttentionRow{q,
                        attended_.as<float>() + static_cast<size_t>(row) * inner_ + static_cast<size_t>(head) * dim,

@@ -88,6 +88,9 @@ struct Kernels {
                  float* scratch);
   void (*layer_norm)(const float* x, const float* weight, const float* bias, float eps, int n, float* y);  // y may be x
   void (*encode)(const float* x, int n, int row, const Encoded& out);
+  // Turns pairs (0, 1), (2, 3), … of x by as many pairs of equal angles.
+  void (*rotate)(float* x, const float* cosines, const float* sines, int n);
+  void (*to_bf16)(const float* x, int n, uint16_t* y);
   // scratch: attend_scratch() floats.
   void (*attend)(const PackedPrefix& prefix, const AttentionRow* rows, int count, int dim, float scale, DType cache,
                  float* scratch);

@@ -79,7 +79,8 @@ inline void attend(const PackedPrefix& prefix, const AttentionRow* rows, int cou
 }
 
 constexpr Kernels table(const char* name) {
-  return {name, encoding, linear, layer_norm, encode, attend, gumbel, exponentials, maximum, exponential_sum, choose};
+  return {name,   encoding, linear,       layer_norm, encode,          rotate, to_bf16,
+          attend, gumbel,   exponentials, maximum,    exponential_sum, choose};
 }
 
 }  // namespace

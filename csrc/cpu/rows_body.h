@@ -27,6 +27,20 @@ inline void layer_norm(const float* x, const float* weight, const float* bias, f
   for (; i < n; ++i) y[i] = (x[i] - mean) * scale * weight[i] + bias[i];
 }
 
+inline void rotate(float* __restrict x, const float* __restrict cosines, const float* __restrict sines, int n) {
+  for (int i = 0; i < n; i += 2) {
+    const float a = x[i], b = x[i + 1];
+    x[i] = a * cosines[i] - b * sines[i];
+    x[i + 1] = b * cosines[i + 1] + a * sines[i + 1];
+  }
+}
+
+inline void to_bf16(const float* x, int n, uint16_t* y) {
+  int i = 0;
+  for (; i + W <= n; i += W) store_bf16(y + i, load(x + i));
+  for (; i < n; ++i) y[i] = float_to_bf16(x[i]);
+}
+
 inline void encode_float(const float* x, int n, uint8_t* out) { std::memcpy(out, x, static_cast<size_t>(n) * 4); }
 
 inline void exponentials(const float* x, float shift, int count, float* y) {

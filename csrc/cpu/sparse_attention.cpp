@@ -84,8 +84,7 @@ class Head {
     kernels().attend({prefix_k_.as<void>(), prefix_v_.as<void>(), static_cast<int32_t>(keys)}, rows, count, p_.dim,
                      p_.scale, p_.dtype, scratch_.as<float>());
     if (p_.dtype == DType::bfloat16)
-      for (int64_t i = 0; i < count * dim; ++i)
-        static_cast<uint16_t*>(p_.out)[(at + first) * dim + i] = float_to_bf16(out_[static_cast<size_t>(i)]);
+      kernels().to_bf16(out_.data(), static_cast<int>(count * dim), static_cast<uint16_t*>(p_.out) + (at + first) * dim);
   }
 
   const SparseAttentionParams& p_;
