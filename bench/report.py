@@ -53,8 +53,9 @@ def value(record: Record) -> float | None:
 
 
 def baseline(records: list[Record]) -> Record | None:
-    """Of one column: our best that does not quantize, which all others are held against."""
-    mine = [r for r in records if ours(r) and r["dtype"] not in QUANTIZED and value(r)]
+    """Of one column: our best that does not quantize, if there is one, which all others are held against."""
+    mine = [r for r in records if ours(r) and value(r)]
+    mine = [r for r in mine if r["dtype"] not in QUANTIZED] or mine
     return min(mine, key=lambda r: value(r) or 0.0, default=None)
 
 

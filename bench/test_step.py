@@ -130,15 +130,11 @@ TITLES = {
 
 
 class Beside:
-    """Our first contender, which the others of its column are measured in turns with. Called, it plays a whole picture and
-    returns the seconds of each step."""
+    """What others are measured in turns with. Called, it plays a whole picture and returns the seconds of each step."""
 
-    def __init__(self, architecture: str, batch: int, small: bool) -> None:
-        self.contender, self.dtype = OURS[0]
-        if self.contender is ours_cpu and cpu_engine.why_not(subject(architecture, small).config, self.dtype):
-            self.contender, self.dtype = ours_torch, "float32"
-        self.stepper = self.contender(subject(architecture, small), self.dtype, batch)
-        self.steps = subject(architecture, small).config.cells - 1
+    def __init__(self, contender: Contender, dtype: str, s: Subject, batch: int) -> None:
+        self.contender, self.dtype = contender, dtype
+        self.stepper, self.steps = contender(s, dtype, batch), s.config.cells - 1
 
     def __call__(self) -> list[float]:
         self.stepper.seek(0)
@@ -149,7 +145,13 @@ class Beside:
         return [end - start for start, end in pairwise(times)]
 
 
-beside = lru_cache(maxsize=1)(Beside)
+@lru_cache(maxsize=1)
+def beside(architecture: str, batch: int, small: bool) -> Beside:
+    """Our first contender, for the others of its column."""
+    s, (contender, dtype) = subject(architecture, small), OURS[0]
+    if contender is ours_cpu and cpu_engine.why_not(s.config, dtype):
+        contender, dtype = ours_torch, "float32"
+    return Beside(contender, dtype, s, batch)
 
 
 def cases() -> list[object]:
@@ -180,6 +182,23 @@ def test_step(architecture: str, batch: int, contender: Contender, dtype: str, m
     time_steps(measure, s, stepper, dtype, batch, against)
     measure.facts["cache_bytes"] = stepper.nbytes()
     measure.save()
+
+
+@pytest.mark.skipif(ON_GPU, reason="a case of the cpu backend")
+@pytest.mark.importance(2)
+@pytest.mark.parametrize("candidates", [1, 8])
+@pytest.mark.parametrize("dtype", ["bfloat16", "int8"])
+def test_candidates(dtype: str, candidates: int, measure: Measure) -> None:
+    """What more candidates of a caption cost: in turns with one."""
+    s = subject("dalle-pytorch", measure.small)
+    title = "Candidates of one caption: " + TITLES["dalle-pytorch"][0].lower() + TITLES["dalle-pytorch"][1:]
+    measure.describe(title, dtype, f"dalle_fast, cpu backend, {candidates} at once", dtype)
+    stepper, against = ours_cpu(s, dtype, candidates), None
+    if candidates == 1:
+        measure.facts["ratio"] = 1.0
+    else:
+        against = Beside(ours_cpu, dtype, s, 1)
+    time_steps(measure, s, stepper, dtype, candidates, against)
 
 
 PUBLIC = "Drawing one token with DALLE-pytorch's public generate_images: 512 wide, 8 layers, 257 + 32×32"
