@@ -31,7 +31,8 @@ struct PackedWeight {
 enum class Encoding { float32, bfloat16, split16, int16 };
 
 // int8 and int4 weights meet 16-bit activations in exact integer arithmetic.
-// split16: x = step * (256 hi + lo), both int8; of every 64 inputs first the hi, then the lo bytes, for two byte products.
+// split16: x = step * (256 hi + lo), both int8; of every row first all hi, then all lo bytes, each half as far from the next
+// as a row would be: to a tile, hi and lo of a few rows are twice as many rows.
 // int16: x = step * q; of every 4 inputs q 0, 2, 1, 3, for products of pairs.
 struct Encoded {
   Encoding encoding;
@@ -42,10 +43,12 @@ struct Encoded {
   int sums_per_row;
 };
 
-// The distance of two rows is an odd multiple of 64 bytes: a power of two would put the same inputs of all rows into one
-// set of the first cache.
+// The distance of two rows (halves of split16) is an odd multiple of 64 bytes: a power of two would put the same inputs of
+// all rows into one set of the first cache.
 inline size_t encoded_row_bytes(Encoding encoding, int inputs) {
-  return static_cast<size_t>(round_up(inputs, kPadding)) * (encoding == Encoding::float32 ? 4 : 2) + 64;
+  const size_t width = static_cast<size_t>(round_up(inputs, kPadding));
+  if (encoding == Encoding::split16) return 2 * (width + 64);
+  return width * (encoding == Encoding::float32 ? 4 : 2) + 64;
 }
 
 struct LinearOutput {

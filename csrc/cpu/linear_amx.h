@@ -18,7 +18,11 @@ inline Tiles linear_tiles(int rows) {
   return Tiles({rows, rows, rows, rows, rows, rows, kTileRows, kTileRows}, {64, 64, 64, 64, 64, 64, 64, 64});
 }
 
-// The sums of `rows` rows from `row` on, with linear_tiles of as many rows alive.
+// Rows of integers up to which their hi and lo halves stand side by side in one tile: half as many products.
+constexpr int kStacked = kTileRows / 2;
+inline int tile_rows(DType weight, int rows) { return weight != DType::bfloat16 && rows <= kStacked ? 2 * rows : rows; }
+
+// The sums of `rows` rows from `row` on, with linear_tiles of their tile_rows() alive.
 using TileFunction = void (*)(const PackedWeight&, const uint8_t* data, const Encoded&, int row, int rows, float* out);
 
 struct Sums {  // what four tiles of sums are stored to
@@ -57,23 +61,36 @@ DF_INLINE void stream_weights(const uint8_t* data) {
   load_weights(data);
 }
 
-// Two sums of every output, of alternate steps, added at the end: a product must not wait for the one before it.
-inline void tiles_bf16(const PackedWeight& w, const uint8_t* data, const Encoded& x, int row, int rows, float* out) {
-  const uint8_t* a = x.data + row * x.row_bytes;
-  const auto even = [&] {
-    _tile_loadd(4, a, x.row_bytes);
+// Products of the weights with one tile of activations.
+template <bool Integers>
+DF_INLINE void add_even(const uint8_t* a, size_t stride) {
+  _tile_loadd(4, a, stride);
+  if constexpr (Integers) {
+    _tile_dpbssd(0, 4, 6);
+    _tile_dpbssd(1, 4, 7);
+  } else {
     _tile_dpbf16ps(0, 4, 6);
     _tile_dpbf16ps(1, 4, 7);
-    a += 64;
-  };
-  const auto odd = [&] {
-    _tile_loadd(5, a, x.row_bytes);
+  }
+}
+template <bool Integers>
+DF_INLINE void add_odd(const uint8_t* a, size_t stride) {
+  _tile_loadd(5, a, stride);
+  if constexpr (Integers) {
+    _tile_dpbssd(2, 5, 6);
+    _tile_dpbssd(3, 5, 7);
+  } else {
     _tile_dpbf16ps(2, 5, 6);
     _tile_dpbf16ps(3, 5, 7);
-    a += 64;
-  };
+  }
+}
+
+// Two sums of every output, of alternate steps, to be added at the end: a product must not wait for the one before it.
+template <bool Integers>
+DF_INLINE void alternate(int64_t left, const uint8_t* data, const uint8_t* a, size_t stride) {
+  const auto even = [&] { add_even<Integers>(a, stride), a += 64; };
+  const auto odd = [&] { add_odd<Integers>(a, stride), a += 64; };
   zero_sums();
-  int64_t left = w.units;
   for (; left >= 2 * kTileUnits; left -= 2 * kTileUnits, data += 2 * kStep) {
     stream_weights(data);
     even();
@@ -90,6 +107,10 @@ inline void tiles_bf16(const PackedWeight& w, const uint8_t* data, const Encoded
     load_weights(last.data);
     odd();
   }
+}
+
+inline void tiles_bf16(const PackedWeight& w, const uint8_t* data, const Encoded& x, int row, int rows, float* out) {
+  alternate<false>(w.units, data, x.data + row * x.row_bytes, x.row_bytes);
   Sums sums;
   sums.take();
   for (int r = 0; r < rows; ++r)
@@ -98,36 +119,46 @@ inline void tiles_bf16(const PackedWeight& w, const uint8_t* data, const Encoded
                        _mm512_add_ps(_mm512_load_ps(sums.at[v][r]), _mm512_load_ps(sums.at[v + 2][r])));
 }
 
-// Sums 0 and 1 are of the hi bytes, 2 and 3 of the lo bytes. `a`: 64 inputs of the first row.
-DF_INLINE void add_products(const uint8_t* a, size_t stride) {
-  _tile_loadd(4, a, stride);
-  _tile_loadd(5, a + kSplit, stride);
-  _tile_dpbssd(0, 4, 6);
-  _tile_dpbssd(1, 4, 7);
-  _tile_dpbssd(2, 5, 6);
-  _tile_dpbssd(3, 5, 7);
+// Of more than kStacked rows sums 0 and 1 are of the hi bytes, 2 and 3 of the lo bytes. `a`: 64 inputs of the first row.
+DF_INLINE void add_halves(const uint8_t* a, size_t row_bytes) {
+  add_even<true>(a, row_bytes);
+  add_odd<true>(a + row_bytes / 2, row_bytes);
+}
+
+// The sums of a row's hi and lo bytes with outputs 16 v and on, among those of `rows` rows.
+DF_INLINE __m512i high_sum(const Sums& sums, int rows, int r, int v) {
+  if (rows > kStacked) return _mm512_load_si512(sums.at[v][r]);
+  return _mm512_add_epi32(_mm512_load_si512(sums.at[v][2 * r]), _mm512_load_si512(sums.at[v + 2][2 * r]));
+}
+DF_INLINE __m512i low_sum(const Sums& sums, int rows, int r, int v) {
+  if (rows > kStacked) return _mm512_load_si512(sums.at[v + 2][r]);
+  return _mm512_add_epi32(_mm512_load_si512(sums.at[v][2 * r + 1]), _mm512_load_si512(sums.at[v + 2][2 * r + 1]));
 }
 
 inline void tiles_int8(const PackedWeight& w, const uint8_t* data, const Encoded& x, int row, int rows, float* out) {
   const uint8_t* a = x.data + row * x.row_bytes;
-  zero_sums();
-  int64_t left = w.units;
-  for (; left >= kTileUnits; left -= kTileUnits, data += kStep, a += 2 * kSplit) {
-    stream_weights(data);
-    add_products(a, x.row_bytes);
-  }
-  if (left) {
-    const LastStep last(data, left);
-    load_weights(last.data);
-    add_products(a, x.row_bytes);
-  }
   Sums sums;
+  if (rows <= kStacked) {
+    alternate<true>(w.units, data, a, x.row_bytes / 2);
+  } else {
+    zero_sums();
+    int64_t left = w.units;
+    for (; left >= kTileUnits; left -= kTileUnits, data += kStep, a += 64) {
+      stream_weights(data);
+      add_halves(a, x.row_bytes);
+    }
+    if (left) {
+      const LastStep last(data, left);
+      load_weights(last.data);
+      add_halves(a, x.row_bytes);
+    }
+  }
   sums.take();
   for (int r = 0; r < rows; ++r) {
     const __m512 step = _mm512_set1_ps(x.step[row + r]), step256 = _mm512_set1_ps(256.0f * x.step[row + r]);
     for (int v = 0; v < 2; ++v) {
-      const __m512 high = _mm512_cvtepi32_ps(_mm512_load_si512(sums.at[v][r]));
-      const __m512 low = _mm512_cvtepi32_ps(_mm512_load_si512(sums.at[v + 2][r]));
+      const __m512 high = _mm512_cvtepi32_ps(high_sum(sums, rows, r, v));
+      const __m512 low = _mm512_cvtepi32_ps(low_sum(sums, rows, r, v));
       _mm512_storeu_ps(out + r * kPanel + v * 16, _mm512_fmadd_ps(high, step256, _mm512_mul_ps(low, step)));
     }
   }
@@ -156,15 +187,17 @@ inline void tiles_int4(const PackedWeight& w, const uint8_t* data, const Encoded
     const __m512 scale[] = {_mm512_loadu_ps(data), _mm512_loadu_ps(data + 64)};
     data += kPanel * sizeof(float);
     zero_sums();
-    for (int half = 0; half < 2; ++half, data += kStep / 2, a += 2 * kSplit) {
+    for (int half = 0; half < 2; ++half, data += kStep / 2, a += 64) {
       unpack_int4(data, unpacked + half * kStep);
       load_weights(unpacked + half * kStep);
-      add_products(a, x.row_bytes);
+      if (rows > kStacked) add_halves(a, x.row_bytes);
+      else if (half) add_odd<true>(a, x.row_bytes / 2);
+      else add_even<true>(a, x.row_bytes / 2);
     }
     sums.take();
     for (int r = 0; r < rows; ++r)
       for (int v = 0; v < 2; ++v) {
-        const __m512i high = _mm512_load_si512(sums.at[v][r]), low = _mm512_load_si512(sums.at[v + 2][r]);
+        const __m512i high = high_sum(sums, rows, r, v), low = low_sum(sums, rows, r, v);
         const __m512 whole = _mm512_cvtepi32_ps(_mm512_add_epi32(_mm512_slli_epi32(high, 8), low));
         float* total = out + r * kPanel + v * 16;
         _mm512_storeu_ps(total, _mm512_fmadd_ps(whole, scale[v], _mm512_loadu_ps(total)));
@@ -189,7 +222,7 @@ inline TileFunction tiles_for(DType weight, int rows) {
 inline void linear_by_tiles(TileFunction by_tiles, const PackedWeight& w, const Encoded& x, int rows, int begin,
                             int end, const LinearOutput& out, float* scratch) {
   const int blocks = (rows + kTileRows - 1) / kTileRows, size = (rows + blocks - 1) / blocks;
-  const Tiles tiles = linear_tiles(size);
+  const Tiles tiles = linear_tiles(tile_rows(w.type, size));
   float *sums = scratch, *values = scratch + static_cast<size_t>(rows) * kPanel;
   for (int panel = begin; panel < end; ++panel)
     for (int done = 0; done < rows;) {

@@ -44,15 +44,11 @@ inline void encode_bf16(const float* x, int n, uint8_t* out) {
 
 DF_INLINE __m512i bytes4(const uint8_t* p) { return _mm512_set1_epi32(*reinterpret_cast<const int32_t*>(p)); }
 
-// Where the hi bytes of four inputs lie in a row of split16; their lo bytes follow kSplit later.
-constexpr int64_t kSplit = 64;
-DF_INLINE int64_t split_at(int64_t four) { return four / 16 * 2 * kSplit + four % 16 * 4; }
-
 // Weights become unsigned by adding 128, as vpdpbusd wants; 128 times the sum of the activations is taken off again.
 template <int R>
 void panel_int8(const PackedWeight& w, const uint8_t* data, const Encoded& x, int row, float* out) {
-  const uint8_t* rows[R];
-  for (int r = 0; r < R; ++r) rows[r] = x.data + (row + r) * x.row_bytes;
+  const uint8_t *highs[R], *lows[R];
+  for (int r = 0; r < R; ++r) highs[r] = x.data + (row + r) * x.row_bytes, lows[r] = highs[r] + x.row_bytes / 2;
   __m512i sum[R][4];
   for (int r = 0; r < R; ++r)
     for (int i = 0; i < 4; ++i) sum[r][i] = _mm512_setzero_si512();
@@ -60,11 +56,11 @@ void panel_int8(const PackedWeight& w, const uint8_t* data, const Encoded& x, in
   for (int64_t unit = 0; unit < w.units; ++unit, data += 128) {
     const __m512i w0 = _mm512_xor_si512(_mm512_loadu_si512(data), flip);
     const __m512i w1 = _mm512_xor_si512(_mm512_loadu_si512(data + 64), flip);
-    const int64_t at = split_at(unit);
+    const int64_t at = 4 * unit;
     __builtin_prefetch(data + kPrefetch);
     __builtin_prefetch(data + kPrefetch + 64);
     for (int r = 0; r < R; ++r) {
-      const __m512i high = bytes4(rows[r] + at), low = bytes4(rows[r] + at + kSplit);
+      const __m512i high = bytes4(highs[r] + at), low = bytes4(lows[r] + at);
       sum[r][0] = _mm512_dpbusd_epi32(sum[r][0], w0, high);
       sum[r][1] = _mm512_dpbusd_epi32(sum[r][1], w1, high);
       sum[r][2] = _mm512_dpbusd_epi32(sum[r][2], w0, low);
@@ -88,8 +84,8 @@ void panel_int8(const PackedWeight& w, const uint8_t* data, const Encoded& x, in
 // The sum over a group of 128 inputs is an exact integer below 2^26; only then come the scales.
 template <int R>
 void panel_int4(const PackedWeight& w, const uint8_t* data, const Encoded& x, int row, float* out) {
-  const uint8_t* rows[R];
-  for (int r = 0; r < R; ++r) rows[r] = x.data + (row + r) * x.row_bytes;
+  const uint8_t *highs[R], *lows[R];
+  for (int r = 0; r < R; ++r) highs[r] = x.data + (row + r) * x.row_bytes, lows[r] = highs[r] + x.row_bytes / 2;
   __m512 total[R][2];
   for (int r = 0; r < R; ++r) total[r][0] = total[r][1] = _mm512_setzero_ps();
   const __m512i nibble = _mm512_set1_epi8(15);
@@ -106,11 +102,10 @@ void panel_int4(const PackedWeight& w, const uint8_t* data, const Encoded& x, in
       __builtin_prefetch(data + kPrefetch + 64);
       const __m512i a0 = _mm512_and_si512(p0, nibble), b0 = _mm512_and_si512(_mm512_srli_epi16(p0, 4), nibble);
       const __m512i a1 = _mm512_and_si512(p1, nibble), b1 = _mm512_and_si512(_mm512_srli_epi16(p1, 4), nibble);
-      const int64_t at = split_at(2 * unit);
+      const int64_t at = 8 * unit;
       for (int r = 0; r < R; ++r) {
-        const uint8_t* p = rows[r] + at;
-        const __m512i high_a = bytes4(p), low_a = bytes4(p + kSplit);
-        const __m512i high_b = bytes4(p + 4), low_b = bytes4(p + 4 + kSplit);
+        const __m512i high_a = bytes4(highs[r] + at), low_a = bytes4(lows[r] + at);
+        const __m512i high_b = bytes4(highs[r] + at + 4), low_b = bytes4(lows[r] + at + 4);
         sum[r][0] = _mm512_dpbusd_epi32(_mm512_dpbusd_epi32(sum[r][0], a0, high_a), b0, high_b);
         sum[r][1] = _mm512_dpbusd_epi32(_mm512_dpbusd_epi32(sum[r][1], a1, high_a), b1, high_b);
         sum[r][2] = _mm512_dpbusd_epi32(_mm512_dpbusd_epi32(sum[r][2], a0, low_a), b0, low_b);
@@ -160,9 +155,8 @@ inline void encode_split16(const float* x, int n, int row, const Encoded& out) {
       const __m512i value = _mm512_cvtps_epi32(_mm512_mul_ps(_mm512_maskz_loadu_ps(live, x + i), inverse));
       const __m512i whole = _mm512_srai_epi32(_mm512_add_epi32(value, _mm512_set1_epi32(128)), 8);
       const __m128i high = _mm512_cvtepi32_epi8(whole), low = _mm512_cvtepi32_epi8(value);  // lo = value mod 256, signed
-      uint8_t* to = data + split_at(i / 4);
-      _mm_storeu_si128(reinterpret_cast<__m128i*>(to), high);
-      _mm_storeu_si128(reinterpret_cast<__m128i*>(to + kSplit), low);
+      _mm_storeu_si128(reinterpret_cast<__m128i*>(data + i), high);
+      _mm_storeu_si128(reinterpret_cast<__m128i*>(data + out.row_bytes / 2 + i), low);
       total_high = _mm_dpbusd_epi32(total_high, ones, high);
       total_low = _mm_dpbusd_epi32(total_low, ones, low);
     }
