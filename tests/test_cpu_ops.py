@@ -190,3 +190,12 @@ def test_whole_sequences_do_not_depend_on_threads():
         torch.set_num_threads(threads)
         more = cpu_backend.sparse_attention(q, k, v, "column@16+7x11")
         assert all(torch.equal(a, b) for a, b in zip(one, more, strict=True))
+
+
+@pytest.mark.parametrize(("score", "counts"), [(-86.0, True), (-88.0, False), (-95.0, False)])
+def test_a_probability_too_small_for_a_normal_float_is_none(score, counts):
+    """Arithmetic with denormals is many times slower, and masked keys would all be such."""
+    q, k, v = torch.zeros(3, 1, 1, 16, 16).unbind()
+    q[..., 0], k[:, :, 1:, 0], v[:, :, 1:] = 1, 4 * score, 1e30  # scaled by 1 / sqrt(16); key 0 has all the weight
+    out, _ = cpu_backend.sparse_attention(q, k, v, "column@16+7x11")
+    assert (out[:, :, 1:] > 0).all() if counts else (out[:, :, 1:] == 0).all()

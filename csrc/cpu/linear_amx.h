@@ -61,7 +61,7 @@ DF_INLINE void stream_weights(const uint8_t* data) {
   load_weights(data);
 }
 
-// Products of the weights with one tile of activations.
+// Products of the weights with one tile of activations; twice, since the intrinsics want tile numbers as literals.
 template <bool Integers>
 DF_INLINE void add_even(const uint8_t* a, size_t stride) {
   _tile_loadd(4, a, stride);

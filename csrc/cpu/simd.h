@@ -121,7 +121,7 @@ DF_INLINE vf exp(vf x) {
   x = min(max(x, set1(-87.0f)), set1(88.0f));
   return exp_of(x, nearest(x * 1.44269504088896341f));
 }
-// For x <= 0. 0 below -87, where floats turn denormal: Intel's processors then take 110 ns for one instruction.
+// For x <= 0. 0 below -87, where floats turn denormal: vscalefps then took 110 ns on an Emerald Rapids Xeon, else 3.
 DF_INLINE vf exp_below(vf x) { return x < -87.0f ? vf{} : exp(x); }
 
 // ln x within 2 ulp for positive normal x, near 1 too: x = 2^n m, m in [sqrt 1/2, sqrt 2), ln m = 2 artanh((m-1)/(m+1)).
