@@ -117,7 +117,8 @@ def ratio(passes: torch.Tensor, moments: torch.Tensor) -> float:
 
     A pass of many short steps would carry every pause of a shared machine into its mean. But others only ever slow down, and
     seldom the same step in all passes: each step counts at its fastest, of P passes and of P moments (without the last, and
-    without the first).
+    without the first). Of single calls the fastest agrees less from run to run than the median: it tells when a neighbour left
+    the cache alone.
     """
     if passes.shape[1] == 1:
         return float(turns(passes, moments).median())

@@ -16,6 +16,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterable
 from datetime import date
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,9 @@ from torch import Tensor
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 ON_GPU = DEVICE.type == "cuda"
+# The type that torch is fastest in. Where oneDNN has no products in bfloat16, torch makes them one element at a time, 100 times
+# as slowly as in float32: whatever computes by torch is measured in float32 there.
+BEST = "bfloat16" if ON_GPU or torch.ops.mkldnn._is_mkldnn_bf16_supported() else "float32"
 VECTORS = {  # the widest first
     "amx_bf16": "AMX",
     "avx512_bf16": "AVX-512 BF16",
@@ -247,15 +251,14 @@ def measure_limits(seconds: float = 0.4) -> dict[str, Any]:
     target = torch.empty_like(source)
     copy = 2 * source.nbytes / _best(lambda: target.copy_(source), seconds)
     matmul: dict[str, float] = {}
-    for side in (8192,) if ON_GPU else (1024, 4096):  # the small one fits a cache, the large one feeds AMX better
-        for dtype in (torch.bfloat16, torch.float32):
-            a, b = (torch.randn(side, side, device=DEVICE).to(dtype) for _ in "ab")
-            rate = 2 * side**3 / _best(lambda a=a, b=b: a @ b, seconds)
-            kind = str(dtype).removeprefix("torch.")
-            matmul[kind] = max(rate, matmul.get(kind, 0.0))
-        a, b = (torch.randint(-100, 100, (side, side), device=DEVICE, dtype=torch.int8) for _ in "ab")
-        rate = 2 * side**3 / _best(lambda a=a, b=b: torch._int_mm(a, b), seconds)
-        matmul["int8"] = max(rate, matmul["bfloat16"], matmul.get("int8", 0.0))
+    for dtype in (torch.float32, torch.bfloat16, torch.int8):
+        rate, product = 0.0, torch._int_mm if dtype == torch.int8 else torch.matmul
+        for side in (8192,) if ON_GPU else (256, 1024, 4096):  # a middle one fits a cache, a large one feeds AMX better
+            if rate and 2 * side**3 / rate > seconds:
+                break  # without instructions for the type a large product takes minutes
+            a, b = (torch.randn(side, side, device=DEVICE).mul_(40).to(dtype) for _ in "ab")
+            rate = max(rate, 2 * side**3 / _best(partial(product, a, b), seconds))
+        matmul[str(dtype).removeprefix("torch.")] = max(rate, *matmul.values(), 0.0)  # a wider type computes it too
     return {"read": read, "copy": copy, "matmul": matmul}
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from bench import work
 from bench.conftest import Measure
-from bench.device import DEVICE, ON_GPU, Batch
+from bench.device import BEST, DEVICE, ON_GPU, Batch
 from bench.peers import flashinfer, sdpa, shared_prefix
 from dalle_fast import backends, ops, reference
 from dalle_fast.backends import Call
@@ -135,8 +135,8 @@ def beside(mask: Mask, cell: int, shape: tuple[int, int, int], dtype: torch.dtyp
 @pytest.mark.parametrize("shape", SHAPES)
 def test_decode_attention(shape: str, case: str, batch: int, contender: str, measure: Measure) -> None:
     (heads, dim, text), (pattern, row) = SHAPES[shape], CASES[case]
-    dtype = torch.bfloat16 if not measure.small else torch.float32
-    name = str(dtype).removeprefix("torch.")
+    name = "float32" if measure.small else BEST
+    dtype = getattr(torch, name)
     title = f"The decode_attention op: {case}, {heads} heads of {dim}, text {text}"
     measure.describe(title, f"batch {batch}", contender, name)
     layout = SequenceLayout(text // 8, 8, 8) if measure.small else SequenceLayout(text, 32, 32)

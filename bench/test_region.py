@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from bench.conftest import Measure
-from bench.device import DEVICE, ON_GPU, clock
+from bench.device import BEST, DEVICE, ON_GPU, clock
 from bench.peers import dense
 from bench.subjects import MAKERS, Subject
 from dalle_fast import sampling
@@ -35,7 +35,7 @@ def engine_of(s: Subject, contender: str) -> Engine:
         if ON_GPU:
             pytest.skip("the cpu backend is measured on machines without a GPU")
         return CpuEngine(s.model, dtype="bfloat16", chunk=CHUNK)
-    model = s.cast(torch.bfloat16)
+    model = s.cast(getattr(torch, BEST))
     if contender.startswith("dense"):
         return dense.DenseEngine(model, sliced=True)
     return GraphEngine(model, CHUNK) if ON_GPU else TorchEngine(model, CHUNK, "torch")
@@ -70,7 +70,8 @@ def beside(batch: int, box: Box, small: bool) -> Callable[[], list[float]]:
 @pytest.mark.parametrize("corner", ["bottom right", "middle"])
 @pytest.mark.parametrize("batch", [1, 8])
 def test_rectangle(batch: int, corner: str, contender: str, whole: bool, measure: Measure) -> None:
-    measure.describe(f"{TITLE}{batch}", f"at the {corner}", contender, "bfloat16", batch=batch)
+    dtype = "bfloat16" if "cpu backend" in contender else BEST
+    measure.describe(f"{TITLE}{batch}", f"at the {corner}", contender, dtype, batch=batch)
     s = subject(measure.small)
     config = s.config
     side = config.height // 2
