@@ -5,7 +5,7 @@ pytest bench --all --minutes 12 --results bench/results     all of them, into be
                                            stands in that file already is not measured again, unless other processes
                                            kept more than BUSY of the machine busy meanwhile
 pytest bench --all --again --results FILE  all of them once more, then those that are not settled: of a case's runs the
-                                           one of median ratio counts, and others must agree with it, but for RUNS runs
+                                           median ratio counts, and others must agree with it, but for RUNS runs
 pytest bench --benchmark-disable           every case once, at a toy size: does it run, is its result right?
 """
 
@@ -42,7 +42,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption(
         "--again",
         action="store_true",
-        help="measure also what stands in the file, unless its runs agree; of all runs the one of median ratio counts",
+        help="measure also what stands in the file, unless its runs agree; of all runs the median ratio counts",
     )
     group.addoption("--wait", type=float, default=0.0, help="seconds to wait, before each case, for others to rest")
     group.addoption("--results", metavar="PATH", help="JSON file to write and to resume, or the folder for a new one")
@@ -100,11 +100,15 @@ def counted(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def middle_run(before: dict[str, Any], record: dict[str, Any]) -> dict[str, Any]:
     """Of all runs of a case that count the one of median ratio (of median time, where that is the same), and `runs`, all of
-    them: on a machine that is shared with others a median over hours says more than one over seconds."""
+    them: on a machine that is shared with others a median over hours says more than one over seconds. Of evenly many runs the
+    ratio is the mean of the middle two, all else is of the lower of them."""
     plain = {name: value for name, value in before.items() if name not in ("runs", "by_position")}
     runs = [*before.get("runs", [plain]), {name: value for name, value in record.items() if name != "by_position"}]
     order = sorted(counted(runs), key=lambda run: (run.get("ratio", 0.0), run["seconds"]))
-    return {**record, **order[(len(order) - 1) // 2], "runs": runs}
+    middle = {**record, **order[(len(order) - 1) // 2], "runs": runs}
+    if "ratios" in middle:
+        middle["ratio"] = statistics.median(run["ratio"] for run in order)
+    return middle
 
 
 def turns(passes: torch.Tensor, moments: torch.Tensor) -> torch.Tensor:

@@ -8,6 +8,7 @@ import os
 import re
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -188,8 +189,9 @@ def test_a_run_beside_busy_neighbours_counts_only_where_there_is_no_other() -> N
     joined = middle_run(run(9.0, 0.5), run(5.0, 0.0))
     assert joined["ratio"] == 5.0 and joined["runs"] == [run(9.0, 0.5), run(5.0, 0.0)] and not settled(joined)
     joined = middle_run(joined, run(5.1, 0.0))
-    assert joined["ratio"] == 5.0 and settled(joined)
-    assert middle_run(run(9.0, 0.5), run(8.0, 0.5))["ratio"] == 8.0
+    assert joined["ratio"] == pytest.approx(5.05) and settled(joined)
+    assert middle_run(run(9.0, 0.5), run(8.0, 0.5))["ratio"] == 8.5
+    assert middle_run(middle_run(run(9.0, 0.0), run(5.0, 0.0)), run(6.0, 0.0))["ratio"] == 6.0
 
 
 def test_again_leaves_out_what_is_settled(tmp_path: Path) -> None:
@@ -328,3 +330,32 @@ def test_reading_is_measured_again_for_the_sizes_that_matter(monkeypatch):
         assert [int(size) >> 20 for size in rates] == sizes and min(rates.values()) > 1e6
         limits = {"read": rates, "matmul": {"bfloat16": 1e30}}
         assert nbytes / max(rates.values()) <= floor(limits, nbytes, 0, "bfloat16") <= nbytes / min(rates.values())
+
+
+def test_limits_of_a_type_without_instructions_take_no_minutes(monkeypatch: pytest.MonkeyPatch) -> None:
+    sides, multiply = [], torch.matmul
+
+    def matmul(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        if a.dtype == torch.bfloat16:
+            sides.append(len(a))
+            time.sleep(2 * len(a) ** 3 / 1e9)
+            return a
+        return multiply(a, b)
+
+    monkeypatch.setattr(torch, "matmul", matmul)
+    monkeypatch.setattr(device, "READ_MB", (1,))
+    found = device.measure_limits(0.02)["matmul"]
+    assert set(sides) == {256}
+    assert found["bfloat16"] >= found["float32"] > 0  # whoever lacks the former computes with the latter
+
+
+@pytest.mark.parametrize("best", ["bfloat16", "float32"])
+def test_every_model_steps_in_its_best_type_at_every_batch(best: str, tmp_path: Path) -> None:
+    (tmp_path / "best_type.py").write_text(f"from bench import device\ndevice.BEST = {best!r}\n")
+    done = bench("-p", "best_type", "--all", "--collect-only", folder=tmp_path, what="bench/test_step.py")
+    ids = set(re.findall(r"test_step\[(.*?)\]", done.stdout))
+    for batch in (1, 8, 32):
+        for name in (f"dalle-pytorch-{batch}-dalle_pytorch_forward", f"rudalle-{batch}-rudalle_forward"):
+            assert f"{name}-{best}" in ids
+            assert (f"{name}-bfloat16" in ids) == (best == "bfloat16")
+        assert {f"paper-{batch}-ours_torch-{best}", f"paper-{batch}-ours_cpu-bfloat16"} <= ids
