@@ -159,9 +159,9 @@ def cases() -> list[object]:
         for architecture, peers in PEERS.items():
             for contender, dtype in (*OURS, *peers):
                 best = "bfloat16" if contender is ours_cpu else BEST
-                if dtype == "bfloat16" != best:
+                if (dtype, best) == ("bfloat16", "float32"):
                     continue
-                second = dtype == "float32" != best
+                second = (dtype, best) == ("float32", "bfloat16")
                 spare = contender is ours_cpu or (contender is ours_torch and architecture != "paper")
                 if second and (batch == 32 or (batch == 8 and spare)):
                     continue
