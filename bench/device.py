@@ -23,11 +23,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dalle_fast import onednn
+
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 ON_GPU = DEVICE.type == "cuda"
 # The type that torch is fastest in. Where oneDNN has no products in bfloat16, torch makes them one element at a time, 100 times
 # as slowly as in float32: whatever computes by torch is measured in float32 there.
-BEST = "bfloat16" if ON_GPU or torch.ops.mkldnn._is_mkldnn_bf16_supported() else "float32"
+BEST = "bfloat16" if ON_GPU or onednn.why_not(torch.empty(0, dtype=torch.bfloat16)) is None else "float32"
 VECTORS = {  # the widest first
     "amx_bf16": "AMX",
     "avx512_bf16": "AVX-512 BF16",
@@ -254,7 +256,7 @@ def measure_limits(seconds: float = 0.4) -> dict[str, Any]:
     for dtype in (torch.float32, torch.bfloat16, torch.int8):
         rate, product = 0.0, torch._int_mm if dtype == torch.int8 else torch.matmul
         for side in (8192,) if ON_GPU else (256, 1024, 4096):  # a middle one fits a cache, a large one feeds AMX better
-            if rate and 2 * side**3 / rate > seconds:
+            if rate and 2 * side**3 / rate > 4 * seconds:
                 break  # without instructions for the type a large product takes minutes
             a, b = (torch.randn(side, side, device=DEVICE).mul_(40).to(dtype) for _ in "ab")
             rate = max(rate, 2 * side**3 / _best(partial(product, a, b), seconds))

@@ -160,11 +160,11 @@ def cases() -> list[object]:
             for contender, dtype in (*OURS, *peers):
                 best = "bfloat16" if contender is ours_cpu else BEST
                 if (dtype, best) == ("bfloat16", "float32"):
-                    continue
+                    continue  # products one element at a time
                 second = (dtype, best) == ("float32", "bfloat16")
                 spare = contender is ours_cpu or (contender is ours_torch and architecture != "paper")
                 if second and (batch == 32 or (batch == 8 and spare)):
-                    continue
+                    continue  # nobody's best type
                 short = architecture != "paper" and not second
                 marks = [pytest.mark.importance(3 if batch == 32 else 1 if short else 2)]
                 if contender is dense_compiled:

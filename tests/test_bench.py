@@ -332,6 +332,7 @@ def test_reading_is_measured_again_for_the_sizes_that_matter(monkeypatch):
         assert nbytes / max(rates.values()) <= floor(limits, nbytes, 0, "bfloat16") <= nbytes / min(rates.values())
 
 
+@pytest.mark.skipif(device.ON_GPU, reason="a GPU has instructions for every type")
 def test_limits_of_a_type_without_instructions_take_no_minutes(monkeypatch: pytest.MonkeyPatch) -> None:
     sides, multiply = [], torch.matmul
 
@@ -349,6 +350,7 @@ def test_limits_of_a_type_without_instructions_take_no_minutes(monkeypatch: pyte
     assert found["bfloat16"] >= found["float32"] > 0  # whoever lacks the former computes with the latter
 
 
+@pytest.mark.skipif(device.ON_GPU, reason="on a GPU bfloat16 is always best")
 @pytest.mark.parametrize("best", ["bfloat16", "float32"])
 def test_every_model_steps_in_its_best_type_at_every_batch(best: str, tmp_path: Path) -> None:
     (tmp_path / "best_type.py").write_text(f"from bench import device\ndevice.BEST = {best!r}\n")
