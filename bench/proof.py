@@ -58,7 +58,7 @@ def steps(folder: Path) -> list[Step]:
     """In order; what is left of the time after build, tests and sanitizer belongs to the measurements."""
     python, quiet = sys.executable, ["-q", "-p", "no:cacheprovider"]
     install = ["-m", "pip", "install", "-q", "--no-build-isolation", "--no-deps", "--no-index", "-e", "."]
-    gpu_tests = [python, "-m", "pytest", *gpu_test_files(), *quiet]
+    gpu_tests = [python, "-m", "pytest", *gpu_test_files(), "-m", "not emulated", *quiet]
     one_allocation_each = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}  # else an access beyond one hits the next
     results = str(folder / "results.json")
     return [
@@ -83,7 +83,7 @@ def steps(folder: Path) -> list[Step]:
 def gpu_test_files() -> list[str]:
     """The tests that compute on a GPU where there is one."""
     files = sorted((ROOT / "tests").glob("test_*.py"))
-    words = ("helpers import", "DEVICE"), ("mark.gpu", "")
+    words = ("helpers import", "DEVICE"), ("mark.gpu", ""), ("@machines", "")
     return [str(f.relative_to(ROOT)) for f in files if any(all(w in f.read_text() for w in pair) for pair in words)]
 
 

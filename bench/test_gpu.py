@@ -5,7 +5,9 @@ On a CPU they run at a toy size only, to see that they are right.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
+from functools import lru_cache
 from itertools import cycle
 
 import pytest
@@ -16,8 +18,8 @@ from bench import work
 from bench.conftest import Measure
 from bench.device import DEVICE, ON_GPU
 from bench.peers import dense
-from bench.test_large import plain, preset
-from dalle_fast import backends, sampling
+from bench.test_large import RandomWeights, plain, preset
+from dalle_fast import backends, packed_model, sampling
 from dalle_fast.config import ModelConfig
 from dalle_fast.engine import TorchEngine
 from dalle_fast.graph_engine import GraphEngine
@@ -27,7 +29,7 @@ from dalle_fast.sampling import SamplingSettings
 SIZES = {"rudalle-malevich": "1.3B", "openai-12b": "12B"}
 TYPE = torch.bfloat16
 NAME = "dalle_fast, CUDA graph"
-BOUND = 0.05  # of logits in bfloat16, both sides rounded
+BOUND = {"bfloat16": 0.05, "int8": 0.1, "int4": 0.9}  # of logits against those in bfloat16; both sides are rounded
 
 
 def needs_gpu(measure: Measure, size: str = "") -> None:
@@ -48,30 +50,50 @@ def started(name: str, small: bool) -> ModelConfig:
     return preset(name, small).replace(start="learned")
 
 
+@lru_cache(maxsize=1)
+def plain_model(name: str, small: bool) -> DalleModel:
+    return plain(started(name, small), TYPE)
+
+
+def graph_engine(name: str, dtype: str, small: bool) -> GraphEngine:
+    """As loading.load_engine makes it."""
+    if dtype == "bfloat16":
+        return GraphEngine(plain_model(name, small), capture=ON_GPU)
+    if reason := packed_model.why_not(dtype, DEVICE.type):
+        pytest.skip(reason)
+    config = started(name, small)
+    model = packed_model.PackedModel(RandomWeights(config, device=DEVICE), config, kind=dtype, device=DEVICE)
+    return GraphEngine(model, capture=ON_GPU)
+
+
 @pytest.mark.importance(1)
 @pytest.mark.parametrize("batch", [1, 8, 64])
+@pytest.mark.parametrize("dtype", ["bfloat16", "int8", "int4"])
 @pytest.mark.parametrize("size", SIZES)
-def test_a_whole_picture(size: str, batch: int, measure: Measure) -> None:
+def test_a_whole_picture(size: str, dtype: str, batch: int, measure: Measure) -> None:
     """The prefill and 1024 steps, drawing included, divided by 1024."""
     needs_gpu(measure, size)
     title = f"A step of {SIZES[size]} on a GPU, drawing included, mean over whole pictures"
-    measure.describe(title, f"batch {batch}", NAME, "bfloat16", batch=batch)
-    config = started(size, measure.small)
-    model = plain(config, TYPE)
-    engine = GraphEngine(model, capture=ON_GPU)
-    check_against_dense(measure, engine, model)
+    measure.describe(title, f"batch {batch}", NAME, dtype, batch=batch)
+    if dtype != "bfloat16" and batch == 64:
+        pytest.skip("quantized weights are for few candidates: of many a step costs its arithmetic")
+    engine = graph_engine(size, dtype, measure.small)
+    config = engine.config
+    check_against_dense(measure, engine, plain_model(size, measure.small), BOUND[dtype])
     text, candidates, settings = caption(config), torch.arange(batch), SamplingSettings(seed=1)
 
-    def run() -> None:
-        for _ in sampling.draw(engine, text, candidates, settings):
+    def run(cells: int = config.cells) -> None:
+        for _ in itertools.islice(sampling.draw(engine, text, candidates, settings), cells):
             pass
 
-    measure(run, work=work.step(config, batch, "bfloat16"), passes=3, calls=config.cells)
+    run(3)  # compiles and captures
+    passes = 1 if size == "openai-12b" else 3
+    measure(run, work=work.step(config, batch, dtype), passes=passes, calls=config.cells, warmup=0)
     measure.facts["cache_bytes"] = engine.nbytes()
     measure.save()
 
 
-def check_against_dense(measure: Measure, engine: GraphEngine, model: DalleModel) -> None:
+def check_against_dense(measure: Measure, engine: GraphEngine, model: DalleModel, bound: float) -> None:
     """A few steps of two candidates against the dense baseline of the same model."""
     tokens = torch.randint(model.config.image_vocab, (2, 3), generator=torch.Generator().manual_seed(2)).to(DEVICE)
     other = dense.DenseEngine(model)
@@ -79,7 +101,7 @@ def check_against_dense(measure: Measure, engine: GraphEngine, model: DalleModel
         results.append(engine_.prefill(caption(model.config), 2).clone())
         results.extend(engine_.step(tokens[:, i]).clone() for i in range(3))
     for got, want in zip(ours, theirs, strict=True):
-        measure.check(got, want, BOUND)
+        measure.check(got, want, bound)
 
 
 @pytest.mark.compiles
@@ -93,8 +115,8 @@ def test_a_compiled_step(size: str, batch: int, measure: Measure) -> None:
     measure.describe(
         title, f"batch {batch}", "dense cache, torch.compile and CUDA graph, no drawing", "bfloat16", batch=batch
     )
-    config = started(size, measure.small)
-    model = plain(config, TYPE)
+    model = plain_model(size, measure.small)
+    config = model.config
     tokens = torch.randint(config.image_vocab, (1, config.cells), generator=torch.Generator().manual_seed(2)).to(DEVICE)
     engine = TorchEngine(model)
     engine.prefill(caption(config), 1)
@@ -102,7 +124,7 @@ def test_a_compiled_step(size: str, batch: int, measure: Measure) -> None:
     for cell in range(3):
         want = engine.step(tokens[:, cell])
         stepper.seek(cell)
-        measure.check(stepper.step()[:1], want, BOUND)
+        measure.check(stepper.step()[:1], want, BOUND["bfloat16"])
     count = min(32, config.cells - 1)
     positions = [int((i + 0.5) * (config.cells - 1) / count) for i in range(count)]
     turn = cycle(positions)
@@ -118,20 +140,20 @@ def test_512_candidates(size: str, measure: Measure) -> None:
     """Tokens of 512 candidates of one caption, in the waves that memory allows; pictures and ranking not included."""
     needs_gpu(measure, size)
     measure.describe("512 candidates of one caption on a GPU", SIZES[size], NAME, "bfloat16")
-    config = started(size, measure.small)
-    engine = GraphEngine(plain(config, TYPE), capture=ON_GPU)
-    n = 4 if measure.small else 512
-    wave = 2 if measure.small else None
-    drawn = list(sampling.sample(engine, caption(config), n, SamplingSettings(seed=1), wave=wave))
-    measure.facts["wave"] = len(drawn[0].candidates)
-    assert sum(len(w.candidates) for w in drawn) == n
-    again = next(iter(sampling.sample(engine, caption(config), 1, SamplingSettings(seed=1), wave=wave)))
+    engine = graph_engine(size, "bfloat16", measure.small)
+    config, n, wave = engine.config, 4 if measure.small else 512, 2 if measure.small else None
+    settings, waves = SamplingSettings(seed=1), []
+
+    def run() -> None:
+        waves[:] = sampling.sample(engine, caption(config), n, settings, wave=wave)
+
+    measure(run, passes=1, warmup=0)
+    assert sum(len(w.candidates) for w in waves) == n
+    again = next(iter(sampling.sample(engine, caption(config), 1, settings, wave=wave)))
     if not ON_GPU:  # where rounding depends on the size of the wave, a tie may fall otherwise
-        assert again.tokens[0].equal(drawn[0].tokens[0])
-    measure(
-        lambda: list(sampling.sample(engine, caption(config), n, SamplingSettings(seed=2), wave=wave)),
-        passes=1, warmup=0,
-    )  # fmt: skip
+        assert again.tokens[0].equal(waves[0].tokens[0])
+    measure.facts["wave"] = len(waves[0].candidates)
+    measure.save()
 
 
 @pytest.mark.importance(4)
@@ -164,7 +186,7 @@ def test_training_step(contender: str, measure: Measure) -> None:
     assert gradient is not None
     gradient = gradient.clone()
     measure.check(run()[None], wanted, 0.01)
-    measure.check(model.get_parameter("blocks.0.qkv.weight").grad, gradient, BOUND)  # type: ignore[arg-type]
+    measure.check(model.get_parameter("blocks.0.qkv.weight").grad, gradient, BOUND["bfloat16"])  # type: ignore[arg-type]
     measure(run, passes=5)
 
 
@@ -177,12 +199,13 @@ def test_bottom_right_rectangle(size: str, corner: int, measure: Measure) -> Non
     measure.describe(
         "A rectangle to the bottom-right corner on a GPU", f"{SIZES[size]} from {corner}", NAME, "bfloat16"
     )
-    config = started(size, measure.small)
+    model = plain_model(size, measure.small)
+    config = model.config
     at = corner * config.height // 32
     grid = torch.randint(config.image_vocab, (config.height, config.width), generator=torch.Generator().manual_seed(3))
     known = grid.clone()
     known[at:, at:] = -1
-    engine = GraphEngine(plain(config, TYPE), chunk=max(1, at), capture=ON_GPU)
+    engine = GraphEngine(model, chunk=max(1, at), capture=ON_GPU)
 
     def run() -> Tensor:
         settings = SamplingSettings(seed=1)

@@ -39,14 +39,14 @@ def wanted(
 ) -> tuple[tuple[Tensor, ...], Tensor, tuple[Tensor, ...]]:
     """(q, k, v), the gradient of the output, and in float64 (out, dq, dk, dv). Mask "causal": no pattern."""
     torch.manual_seed(0)
-    *qkv, grad = (torch.randn(shape).mul_(1 + (i == 0)).to(dtype) for i in range(4))
+    *qkv, grad = (torch.randn(shape, device=DEVICE).mul_(1 + (i == 0)).to(dtype) for i in range(4))
     wide = [x.double().requires_grad_() for x in qkv]
     if mask == "causal":
         out = torch.nn.functional.scaled_dot_product_attention(*wide, is_causal=True)
     else:
         out = reference.sparse_attention(*wide, mask)[0]
     grads = torch.autograd.grad(out, wide, grad.double())
-    return tuple(x.to(DEVICE) for x in qkv), grad.to(DEVICE), (out.detach(), *grads)
+    return tuple(qkv), grad, tuple(x.cpu() for x in (out.detach(), *grads))
 
 
 def why_not(backend: str, backward: bool, dtype: torch.dtype, dim: int) -> str | None:
@@ -105,7 +105,7 @@ def marks(contender: str) -> list[pytest.MarkDecorator]:
     return [pytest.mark.compiles, pytest.mark.importance(5)] if contender.startswith("Flex") else []
 
 
-@pytest.mark.importance(3)
+@pytest.mark.importance(4 if ON_GPU else 3)
 @pytest.mark.parametrize("contender", [pytest.param(c, marks=marks(c)) for c in CONTENDERS])
 @pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
 @pytest.mark.parametrize("pattern", PATTERNS)

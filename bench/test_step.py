@@ -166,7 +166,7 @@ def cases() -> list[object]:
                 if second and (batch == 32 or (batch == 8 and spare)):
                     continue  # nobody's best type
                 short = architecture != "paper" and not second
-                marks = [pytest.mark.importance(3 if batch == 32 else 1 if short else 2)]
+                marks = [pytest.mark.importance(5 if ON_GPU else 3 if batch == 32 else 1 if short else 2)]
                 if contender is dense_compiled:
                     marks.append(pytest.mark.compiles)
                 name = f"{architecture}-{batch}-{contender.__name__}-{dtype}"

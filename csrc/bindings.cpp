@@ -45,13 +45,14 @@ static DType float_type(const std::string& name) {
 static void cuda_decode_attention(const std::vector<uintptr_t>& t, const std::vector<int32_t>& n, float scale,
                                   const std::string& dtype, bool dependent_launch, uintptr_t stream) {
   expect("tensors", t.size(), 16);
-  expect("sizes", n.size(), 11);
+  expect("sizes", n.size(), 14);
   dalle_fast::CudaDecodeParams c{};
   c.call = {at<const void>(t[0]), at<const void>(t[1]), at<const void>(t[2]), at<const void>(t[3]), at<const void>(t[4]),
             at<void>(t[5]), at<void>(t[6]), at<void>(t[7]), at<const int64_t>(t[8]), at<const int32_t>(t[9]),
             at<const int32_t>(t[10]), at<const int32_t>(t[11]), n[0], n[1], n[2], n[3], n[4], n[5], n[6], n[7], n[8], scale,
             float_type(dtype)};
   c.partial = at<float>(t[12]), c.arrived = at<int32_t>(t[13]), c.rows = n[9], c.splits = n[10];
+  c.candidate_stride = n[11], c.head_stride = n[12], c.cell_stride = n[13];
   c.scale_k = at<const float>(t[14]), c.scale_v = at<const float>(t[15]);
   c.dependent_launch = dependent_launch;
   dalle_fast::launch_decode_attention(c, at<void>(stream));
@@ -81,10 +82,10 @@ static Epilogue epilogue_named(const std::string& name) {
 
 static dalle_fast::CudaLinearParams cuda_linear(const std::vector<int32_t>& n, const std::string& epilogue,
                                                 const std::string& dtype, const std::string& weight_dtype) {
-  expect("sizes", n.size(), 6);
+  expect("sizes", n.size(), 7);
   dalle_fast::CudaLinearParams c{};
   c.linear.rows = n[0], c.linear.inputs = n[1], c.linear.outputs = n[2], c.parts = n[3];
-  c.multiprocessors = n[4], c.shared_limit = n[5];
+  c.multiprocessors = n[4], c.shared_limit = n[5], c.dense = n[6];
   c.linear.epilogue = epilogue_named(epilogue), c.linear.dtype = float_type(dtype);
   c.weight_dtype = weight_dtype == "int8" ? DType::int8 : weight_dtype == "int4" ? DType::int4 : c.linear.dtype;
   return c;
@@ -114,10 +115,22 @@ static void cuda_skinny_linear(const std::vector<uintptr_t>& t, const std::vecto
   dalle_fast::launch_skinny_linear(c, at<void>(stream));
 }
 
+static void cuda_join(const std::vector<uintptr_t>& t, int32_t rows, int32_t inputs, float norm_eps, const std::string& dtype,
+                      bool dependent_launch, uintptr_t stream) {
+  expect("tensors", t.size(), 8);
+  dalle_fast::CudaLinearParams c{};
+  c.linear.rows = rows, c.linear.inputs = inputs, c.linear.norm_eps = norm_eps, c.linear.dtype = float_type(dtype);
+  c.linear.x = at<const void>(t[0]), c.linear.norm_weight = at<const float>(t[1]), c.linear.norm_bias = at<const float>(t[2]);
+  c.linear.y = at<void>(t[3]), c.branch = at<const void>(t[4]), c.branch_weight = at<const float>(t[5]);
+  c.branch_bias = at<const float>(t[6]), c.sum = at<void>(t[7]), c.dependent_launch = dependent_launch;
+  dalle_fast::launch_join(c, at<void>(stream));
+}
+
 static void register_cuda(py::module_ m) {
   using release = py::call_guard<py::gil_scoped_release>;
   m.def("skinny_linear", &cuda_skinny_linear, release());
   m.def("skinny_linear_workspace", &cuda_skinny_linear_workspace);
+  m.def("join", &cuda_join, release());
   m.def("decode_attention", &cuda_decode_attention, release());
   m.def("sample", &cuda_sample, release());
 }

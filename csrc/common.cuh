@@ -142,7 +142,17 @@ template <class T>
 __device__ __forceinline__ void store(T* p, std::common_type_t<T> value) {
   *p = value;
 }
-__device__ __forceinline__ void prefetch_to_l2(const void* p) { asm volatile("prefetch.global.L2 [%0];" ::"l"(p)); }
+// Starts to bring `bytes`, a multiple of 16 from a multiple of 16, into the second-level cache. Harmless where another kernel still
+// writes them. Without effect before sm_90.
+__device__ __forceinline__ void prefetch_to_l2(const void* p, int bytes) {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(p), "r"(bytes) : "memory");
+#endif
+}
+
+// What this thread wrote or has seen of others, by a barrier, comes before what it does next, for all of the device. Cheaper than
+// __threadfence, which orders more.
+__device__ __forceinline__ void fence() { asm volatile("fence.acq_rel.gpu;" ::: "memory"); }
 
 // Programmatic dependent launch: until the previous kernel's results are there; the next kernel may be started.
 __device__ __forceinline__ void wait_for_previous_kernel() {

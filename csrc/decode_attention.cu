@@ -16,36 +16,46 @@ namespace {
 
 // grid (tiles of Rows rows · prompts, heads, splits). partial [blocks, Rows, D + 2] float32; arrived [blocks / splits].
 template <class T, int D, int Rows, bool Fp8>
-__global__ void __launch_bounds__(kThreads) decode_attention_kernel(const __grid_constant__ CudaDecodeParams c) {
+__global__ void __launch_bounds__(Kernel<T, D, Rows, Fp8>::kThreads, Kernel<T, D, Rows, Fp8>::kBlocksAtOnce)
+    decode_attention_kernel(const __grid_constant__ CudaDecodeParams c) {
   using K = Kernel<T, D, Rows, Fp8>;
+  constexpr int kThreads = K::kThreads;
   const DecodeAttentionParams& p = c.call;
+  const typename K::Tile rows(c);
   shared<unsigned char> memory = dynamic_shared();
-  const shared<T> stages = carve<T>(memory, kStages * K::kStage), rings = carve<T>(memory, kWarps * K::kRing * K::kSlot);
+  const shared<T> stages = carve<T>(memory, kStages * K::kStage), rings = carve<T>(memory, K::kWarps * K::kRing * K::kSlot);
   const shared<float> tops = carve<float>(memory, K::kStates + Rows), totals = carve<float>(memory, K::kStates + Rows);
-  const shared<int> ticket = carve<int>(memory, 4);
+  const shared<int> ticket = carve<int>(memory, 4), near = carve<int>(memory, p.cells_now == 1 ? p.max_neighbours : 0);
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, split = blockIdx.z, splits = gridDim.z;
-  wait_for_previous_kernel();
+  const int blocks = (p.prefix_len + kKeys - 1) / kKeys, per_split = (blocks + splits - 1) / splits;
+  const int begin = split * per_split, end = min(begin + per_split, blocks);
   start_next_kernel();
+  if (threadIdx.x < 2 && begin < end) K::prefetch(threadIdx.x ? p.prefix_v : p.prefix_k, p, rows.prompt, begin, end);
+  wait_for_previous_kernel();
   const int first = max(0, static_cast<int>(load(p.position)));
   float2 scales = make_float2(1, 1);  // of codes
   if constexpr (Fp8) scales = make_float2(load(c.scale_k + blockIdx.y), load(c.scale_v + blockIdx.y));
-  const int prompt = K::place(p, 0).candidate / (p.batch / p.prompts);
-  const int blocks = (p.prefix_len + kKeys - 1) / kKeys, per_split = (blocks + splits - 1) / splits;
-  const int begin = split * per_split, end = min(begin + per_split, blocks);
 #pragma unroll
   for (int i = 0; i < kStages; ++i) {
-    if (begin + i < end) K::copy_prefix(p, prompt, begin + i, stages + i * K::kStage);
+    if (begin + i < end) K::copy_prefix(p, rows.prompt, begin + i, stages + i * K::kStage);
     cp_async_commit();
   }
+  int only_count = 0;  // a single cell's neighbours are read once for all rows
+  if (p.cells_now == 1) {
+    const int cell = min(first, p.cells - 1);
+    only_count = load(p.neighbour_count + cell);
+    for (int i = threadIdx.x; i < p.max_neighbours; i += kThreads)
+      near[i] = load(p.neighbour_slots + static_cast<int64_t>(cell) * p.max_neighbours + i);
+    __syncthreads();
+  }
   const shared<T> ring = rings + warp * K::kRing * K::kSlot;
-  const int last_row = (warp + 1) * K::kWarpRows;
-  typename K::Cursor ahead{warp * K::kWarpRows, split, 0, 0, {}}, here = ahead;
-  ahead.find(p, last_row, first);
+  typename K::Cursor ahead{warp, split, 0, 0, {}}, here = ahead;
+  ahead.find(p, rows, first, only_count);
   auto copy_next = [&](int slot) {
-    if (ahead.row < last_row) {
-      K::copy_tail(p, ahead, first, ring + slot * K::kSlot);
+    if (ahead.row < Rows) {
+      K::copy_tail(c, ahead, first, near, ring + slot * K::kSlot);
       ahead.chunk += splits;
-      ahead.find(p, last_row, first);
+      ahead.find(p, rows, first, only_count);
     }
     cp_async_commit();
   };
@@ -54,10 +64,10 @@ __global__ void __launch_bounds__(kThreads) decode_attention_kernel(const __grid
 
   if (split == 0)  // append
     for (int i = threadIdx.x; i < Rows * K::kLanes; i += kThreads) {
-      const auto row = K::place(p, i / K::kLanes);
+      const auto row = rows[i / K::kLanes];
       if (!row.valid) continue;
       const int slot = load(p.slot_of_cell + min(first + row.query, p.cells - 1)), part = i % K::kLanes * 8;
-      const int64_t from = row.at * D + part;
+      const int64_t from = row.from + part;
       const int64_t to = ((static_cast<int64_t>(row.candidate) * p.heads + blockIdx.y) * p.slots + slot) * D + part;
       const uint4 k = load(reinterpret_cast<const uint4*>(static_cast<const T*>(p.k) + from));
       const uint4 v = load(reinterpret_cast<const uint4*>(static_cast<const T*>(p.v) + from));
@@ -76,8 +86,8 @@ __global__ void __launch_bounds__(kThreads) decode_attention_kernel(const __grid
   float sum[D / 8][4] = {}, top[2] = {-INFINITY, -INFINITY}, total[2] = {};
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
-    const auto row = K::place(p, row_warp * 16 + half * 8 + lane / 4);
-    const uint32_t* from = reinterpret_cast<const uint32_t*>(static_cast<const T*>(p.q) + row.at * D) + lane % 4;
+    const auto row = rows[row_warp * 16 + half * 8 + lane / 4];
+    const uint32_t* from = reinterpret_cast<const uint32_t*>(static_cast<const T*>(p.q) + row.from) + lane % 4;
 #pragma unroll
     for (int d = 0; d < D / 16; ++d) q[d][half] = load(from + 8 * d), q[d][half + 2] = load(from + 8 * d + 4);
   }
@@ -87,53 +97,47 @@ __global__ void __launch_bounds__(kThreads) decode_attention_kernel(const __grid
     else cp_async_wait<kStages - 1>();
     __syncthreads();
     const shared<T> stage = stages + (block - begin) % kStages * K::kStage;
-    K::multiply(stage, key_warp * K::kWarpKeys, p.prefix_len - block * kKeys, p.scale * kLog2E, q, top, total, sum);
+    if (key_warp < K::kKeyWarps)
+      K::multiply(stage, key_warp * K::kWarpKeys, p.prefix_len - block * kKeys, p.scale * kLog2E, q, top, total, sum);
     __syncthreads();
-    if (block + kStages < end) K::copy_prefix(p, prompt, block + kStages, stage);
+    if (block + kStages < end) K::copy_prefix(p, rows.prompt, block + kStages, stage);
     cp_async_commit();
   }
   cp_async_wait<0>();
   __syncthreads();  // the stages become sums [states + rows, D]: of the prefix by key warp and row, then of the tails
   const shared<float> sums = shared_cast<float>(stages);
+  if (key_warp < K::kKeyWarps) {
 #pragma unroll
-  for (int half = 0; half < 2; ++half) {
-    const int state = (key_warp * K::kRowWarps + row_warp) * 16 + half * 8 + lane / 4;
-    total[half] = warp_sum<4>(total[half]);
-    if (lane % 4 == 0) tops[state] = top[half], totals[state] = total[half];
+    for (int half = 0; half < 2; ++half) {
+      const int state = (key_warp * K::kRowWarps + row_warp) * 16 + half * 8 + lane / 4;
+      total[half] = warp_sum<4>(total[half]);
+      if (lane % 4 == 0) tops[state] = top[half], totals[state] = total[half];
 #pragma unroll
-    for (int d = 0; d < D / 8; ++d)
-      shared_cast<float2>(sums)[(state * D + 8 * d + lane % 4 * 2) / 2] = make_float2(sum[d][2 * half], sum[d][2 * half + 1]);
+      for (int d = 0; d < D / 8; ++d)
+        shared_cast<float2>(sums)[(state * D + 8 * d + lane % 4 * 2) / 2] = make_float2(sum[d][2 * half], sum[d][2 * half + 1]);
+    }
   }
 
   // The tails: this warp's rows one after the other.
-  if (lane < K::kWarpRows) tops[K::kStates + warp * K::kWarpRows + lane] = -INFINITY;
-  here.find(p, last_row, first);
-  for (int item = 0; here.row < last_row;) {
-    float tail_top = -INFINITY, tail_total = 0, tail_sum[8] = {};
+  if (lane < Rows / K::kWarps) tops[K::kStates + warp + lane * K::kWarps] = -INFINITY;
+  __syncwarp();
+  here.find(p, rows, first, only_count);
+  for (int item = 0; here.row < Rows;) {
+    std::conditional_t<Fp8, typename K::TailOfCodes, typename K::Tail> tail;
     const int row = here.row;
     do {
       cp_async_wait<K::kRing - 1>();
       __syncwarp();
-      const int left = here.count - here.chunk * K::kChunk;
-      K::attend_tail(ring + item % K::kRing * K::kSlot, left, p.scale * kLog2E, scales, tail_top, tail_total, tail_sum);
+      const shared<T> slot = ring + item % K::kRing * K::kSlot;
+      if (here.chunk == split) tail.start(slot);
+      tail.join(slot, here.count - here.chunk * K::kChunk, p.scale * kLog2E, scales);
       __syncwarp();
       copy_next(item++ % K::kRing);
       here.chunk += splits;
-      here.find(p, last_row, first);
+      here.find(p, rows, first, only_count);
     } while (here.row == row);
-#pragma unroll
-    for (int bit = K::kLanes; bit < 32; bit *= 2) {
-      tail_total += __shfl_xor_sync(kFullWarp, tail_total, bit);
-#pragma unroll
-      for (int e = 0; e < 8; ++e) tail_sum[e] += __shfl_xor_sync(kFullWarp, tail_sum[e], bit);
-    }
     const int state = K::kStates + row;
-    if (lane == 0) tops[state] = tail_top, totals[state] = tail_total;
-    if (lane < K::kLanes) {
-      const shared<float4> to = shared_cast<float4>(sums) + (state * D + lane * 8) / 4;
-      to[0] = make_float4(tail_sum[0], tail_sum[1], tail_sum[2], tail_sum[3]);
-      to[1] = make_float4(tail_sum[4], tail_sum[5], tail_sum[6], tail_sum[7]);
-    }
+    tail.finish(tops + state, totals + state, sums + state * D);
   }
   __syncthreads();
 
@@ -141,13 +145,14 @@ __global__ void __launch_bounds__(kThreads) decode_attention_kernel(const __grid
   const int64_t program = static_cast<int64_t>(blockIdx.y) * gridDim.x + blockIdx.x;
   const auto at_of = [&](int s, int row) { return c.partial + ((program * splits + s) * Rows + row) * (D + 2); };
   const auto finish = [&](const typename K::Place& row, int part, float all, const float (&x)[8]) {
-    const auto pair = [&](int i) { return pack<T>(x[i] / all, x[i + 1] / all); };
+    const float share = 1 / all;
+    const auto pair = [&](int i) { return pack<T>(x[i] * share, x[i + 1] * share); };
     const uint4 words = make_uint4(pair(0), pair(2), pair(4), pair(6));
-    store(reinterpret_cast<uint4*>(static_cast<T*>(p.out) + row.at * D + part * 8), words);
+    store(reinterpret_cast<uint4*>(static_cast<T*>(p.out) + row.at + part * 8), words);
   };
   for (int i = threadIdx.x; i < Rows * K::kLanes; i += kThreads) {
     const int row = i / K::kLanes, part = i % K::kLanes;
-    const auto place = K::place(p, row);
+    const auto place = rows[row];
     if (!place.valid) continue;
     float most = tops[K::kStates + row], all = 0, x[8] = {};
 #pragma unroll
@@ -172,16 +177,18 @@ __global__ void __launch_bounds__(kThreads) decode_attention_kernel(const __grid
     }
   }
   if (splits == 1) return;
-  __threadfence();
   __syncthreads();
-  if (threadIdx.x == 0) ticket[0] = atomicAdd(c.arrived + program, 1);
+  if (threadIdx.x == 0) {
+    fence();
+    ticket[0] = atomicAdd(c.arrived + program, 1);
+    fence();
+  }
   __syncthreads();
   if (ticket[0] != splits - 1) return;
-  __threadfence();
   if (threadIdx.x == 0) store(c.arrived + program, 0);  // for the next launch
   for (int i = threadIdx.x; i < Rows * K::kLanes; i += kThreads) {
     const int row = i / K::kLanes, part = i % K::kLanes;
-    const auto place = K::place(p, row);
+    const auto place = rows[row];
     if (!place.valid) continue;
     float most = -INFINITY, all = 0, x[8] = {};
     for (int s = 0; s < splits; ++s) most = fmaxf(most, load_from_l2(at_of(s, row) + D));
@@ -201,8 +208,10 @@ void launch_tile(const CudaDecodeParams& c, void* stream) {
   const DecodeAttentionParams& p = c.call;
   const int tiles = (p.batch / p.prompts * p.cells_now + Rows - 1) / Rows;
   const dim3 grid(static_cast<unsigned>(tiles * p.prompts), static_cast<unsigned>(p.heads), static_cast<unsigned>(c.splits));
-  launch(decode_attention_kernel<T, D, Rows, Fp8>, "decode_attention", grid, kThreads, Kernel<T, D, Rows, Fp8>::kSharedBytes,
-         stream, c.dependent_launch, c);
+  using K = Kernel<T, D, Rows, Fp8>;
+  const int near = p.cells_now == 1 ? (p.max_neighbours + 3) / 4 * 16 : 0;
+  launch(decode_attention_kernel<T, D, Rows, Fp8>, "decode_attention", grid, K::kThreads,
+         static_cast<size_t>(K::kSharedBytes + near), stream, c.dependent_launch, c);
 }
 template <class T, bool Fp8>
 void launch_type(const CudaDecodeParams& c, void* stream) {

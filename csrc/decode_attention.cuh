@@ -8,40 +8,53 @@
 namespace dalle_fast {
 namespace {
 
-constexpr int kWarps = 4, kThreads = 32 * kWarps;
 constexpr int kKeys = 64, kStages = 2;  // of the prefix: keys a stage, stages
 constexpr float kLog2E = 1.4426950408889634f;
 
 template <class T, int D, int Rows, bool Fp8>
 struct Kernel {
-  static constexpr int kRowWarps = Rows / 16, kKeyWarps = kWarps / kRowWarps;
+  // Few rows mean few blocks, and then more warps to wait for memory; only four of them multiply the prefix.
+  static constexpr int kWarps = Rows == 16 ? 8 : 4, kThreads = 32 * kWarps;
+  static constexpr int kRowWarps = Rows / 16, kKeyWarps = 4 / kRowWarps;
   static constexpr int kWarpKeys = kKeys / kKeyWarps;           // of a stage, for one warp
-  static constexpr int kWarpRows = Rows / kWarps;               // whose tails a warp reads
   static constexpr int kLanes = D / 8, kAtOnce = 32 / kLanes;   // lanes that share a key, 16 bytes each; keys read at once
-  static constexpr int kChunk = 1024 / D;               // keys of a tail at a time: 4 KiB with their values
-  static constexpr int kRing = D == 64 ? 4 : 2;         // chunks under way: two blocks of 113 KiB fit an H100's multiprocessor
+  static constexpr int kChunk = 1024 / D;               // keys of a tail at a time, 16 or 8: 4 KiB with their values
+  static constexpr int kRing = D == 64 && Rows == 64 ? 4 : 2;  // chunks under way
+  static constexpr int kPerLoad = 16 / kChunk;          // steps of 16 channels that an ldmatrix of a chunk reads
   static constexpr int kFlags = (2 * kChunk + 1) * D;   // elements of a slot before the word that says which keys are no codes
   static constexpr int kSlot = kFlags + (Fp8 ? 8 : 0);  // keys, values, query
   static constexpr int kStage = 2 * kKeys * D;          // elements: keys, values
-  static constexpr int kStates = kWarps * 16;           // partial states of the prefix: kKeyWarps for each row
+  static constexpr int kStates = kKeyWarps * Rows;      // partial states of the prefix
   static constexpr int kSharedBytes =
-      kStages * kStage * 2 + kWarps * kRing * kSlot * 2 + 2 * 4 * (kStates + Rows) + 16;
+      kStages * kStage * 2 + kWarps * kRing * kSlot * 2 + 2 * 4 * (kStates + Rows) + 16;  // and the list of neighbours
+  static constexpr int kBlocksAtOnce = kSharedBytes <= 112 * 1024 ? 2 : 1;  // that fit an H100's multiprocessor
   static_assert(kStages * kStage * 2 >= 4 * D * (kStates + Rows), "the sums take the place of the prefix");
-  struct Place {  // of a row
-    int64_t at;   // [batch, heads, n]
+  struct Place {          // of a row
+    int64_t at, from;     // its channels in the output, and in q, k and v
     int candidate, query;
     bool valid;
   };
-  static __device__ __forceinline__ Place place(const DecodeAttentionParams& p, int row) {
-    const int group = p.batch / p.prompts, tiles = (group * p.cells_now + Rows - 1) / Rows;
-    const int prompt = blockIdx.x / tiles, in_prompt = blockIdx.x % tiles * Rows + row;
-    Place r;
-    r.valid = in_prompt < group * p.cells_now;
-    r.candidate = prompt * group + (r.valid ? in_prompt / p.cells_now : 0);
-    r.query = r.valid ? in_prompt % p.cells_now : 0;
-    r.at = (static_cast<int64_t>(r.candidate) * p.heads + blockIdx.y) * p.cells_now + r.query;
-    return r;
-  }
+  // The rows of a block: consecutive ones of a prompt.
+  struct Tile {
+    const CudaDecodeParams& c;
+    int prompt, base, rows, candidates, n;
+    __device__ __forceinline__ explicit Tile(const CudaDecodeParams& params) : c(params), n(params.call.cells_now) {
+      candidates = c.call.batch / c.call.prompts, rows = candidates * n;
+      const int tiles = (rows + Rows - 1) / Rows;
+      prompt = blockIdx.x / tiles, base = blockIdx.x % tiles * Rows;
+    }
+    __device__ __forceinline__ Place operator[](int row) const {
+      Place r;
+      const int at = base + row;
+      r.valid = at < rows;
+      r.candidate = r.valid ? n == 1 ? at : at / n : 0;
+      r.query = r.valid && n != 1 ? at - r.candidate * n : 0;
+      r.candidate += prompt * candidates;
+      r.at = ((static_cast<int64_t>(r.candidate) * c.call.heads + blockIdx.y) * n + r.query) * D;
+      r.from = r.candidate * c.candidate_stride + blockIdx.y * c.head_stride + r.query * c.cell_stride;
+      return r;
+    }
+  };
 
   static __device__ __forceinline__ void copy(shared<T> to, const void* from, int64_t at, bool exists) {  // or zeros
     cp_async<16>(shared_cast<unsigned char>(to), static_cast<const T*>(from) + at, exists ? 16 : 0);
@@ -58,6 +71,13 @@ struct Kernel {
       copy(stage + to, p.prefix_k, at, exists);
       copy(stage + (kKeys * D + to), p.prefix_v, at, exists);
     }
+  }
+
+  // Stages begin to end of a head's keys or values into the second-level cache.
+  static __device__ __forceinline__ void prefetch(const void* from, const DecodeAttentionParams& p, int prompt, int begin, int end) {
+    const int64_t head = (static_cast<int64_t>(prompt) * p.heads + blockIdx.y) * p.prefix_len;
+    const int keys = min(end * kKeys, p.prefix_len) - begin * kKeys;
+    prefetch_to_l2(static_cast<const T*>(from) + (head + begin * kKeys) * D, keys * D * static_cast<int>(sizeof(T)));
   }
 
   // (top, total, sum) of 16 rows and this warp's keys of one stage: top in log2, sum not divided by total.
@@ -119,15 +139,15 @@ struct Kernel {
     }
   }
 
-  // A warp's way through the chunks of its rows' tails that this block takes.
+  // A warp's way through the chunks of its rows' tails that this block takes: of every kWarps-th row.
   struct Cursor {
     int row, chunk, count, cell;
     Place place;
-    __device__ __forceinline__ void find(const DecodeAttentionParams& p, int end, int first) {
-      for (; row < end; ++row, chunk = blockIdx.z) {
-        place = Kernel::place(p, row);
+    __device__ __forceinline__ void find(const DecodeAttentionParams& p, const Tile& tile, int first, int only_count) {
+      for (; row < Rows; row += kWarps, chunk = blockIdx.z) {
+        place = tile[row];
         cell = min(first + place.query, p.cells - 1);
-        count = place.valid ? load(p.neighbour_count + cell) : 0;
+        count = !place.valid ? 0 : tile.n == 1 ? only_count : load(p.neighbour_count + cell);
         if (chunk * kChunk < count) return;
       }
     }
@@ -135,36 +155,44 @@ struct Kernel {
   static __device__ __forceinline__ void copy_codes(shared<T> row, int part, const void* from, int64_t at, bool exists) {
     cp_async<8>(shared_cast<unsigned char>(row) + part, static_cast<const unsigned char*>(from) + at, exists ? 8 : 0);
   }
-  // Copies one chunk; neighbours hold cell | slot << 16. Codes take the first half of a row of the slot.
-  static __device__ __forceinline__ void copy_tail(const DecodeAttentionParams& p, const Cursor& c, int first, shared<T> slot) {
-    const int lane = threadIdx.x % 32, part = lane % kLanes * 8;
-    const int64_t tail = (static_cast<int64_t>(c.place.candidate) * p.heads + blockIdx.y) * p.slots * D;
-    const int64_t input = (c.place.at - c.place.query) * D;
-    int entry = 0;
-    if (lane < kChunk && c.chunk * kChunk + lane < c.count)
-      entry = load(p.neighbour_slots + static_cast<int64_t>(c.cell) * p.max_neighbours + c.chunk * kChunk + lane);
+  // Copies one chunk, zeros where it has no more keys; neighbours hold cell | slot << 16, `near` those of the only cell. The
+  // first chunk of a row brings its query. Codes take the first half of a row of the slot; keys and values that are no codes lie
+  // as those of the prefix do.
+  static __device__ __forceinline__ void copy_tail(const CudaDecodeParams& c, const Cursor& at, int first,
+                                                   shared<const int> near, shared<T> slot) {
+    const DecodeAttentionParams& p = c.call;
+    const int lane = threadIdx.x % 32, part = lane % kLanes, start = at.chunk * kChunk, left = at.count - start;
+    const int64_t tail = (static_cast<int64_t>(at.place.candidate) * p.heads + blockIdx.y) * p.slots * D + part * 8;
+    const int64_t input = at.place.from - at.place.query * c.cell_stride + part * 8;
+    const T *tail_k = static_cast<const T*>(p.tail_k) + tail, *tail_v = static_cast<const T*>(p.tail_v) + tail;
+    const T *input_k = static_cast<const T*>(p.k) + input, *input_v = static_cast<const T*>(p.v) + input;
+    int offset = 0;  // of the lane's key in its tail, or below zero in the input
+    if (lane < kChunk && lane < left) {
+      int entry;
+      if (p.cells_now == 1) entry = near[start + lane];
+      else entry = load(p.neighbour_slots + static_cast<int64_t>(at.cell) * p.max_neighbours + start + lane);
+      const int ahead = (entry & 0xFFFF) - first;
+      offset = ahead < 0 ? (entry >> 16) * D : ~(ahead * static_cast<int>(c.cell_stride));
+    }
     if constexpr (Fp8) {
-      const bool fresh = lane < kChunk && c.chunk * kChunk + lane < c.count && (entry & 0xFFFF) >= first;
-      const unsigned flags = __ballot_sync(kFullWarp, fresh);
+      const unsigned flags = __ballot_sync(kFullWarp, offset < 0);
       if (lane == 0) shared_cast<unsigned>(slot + kFlags)[0] = flags;
     }
 #pragma unroll
     for (int i = 0; i < kChunk / kAtOnce; ++i) {
-      const int key = i * kAtOnce + lane / kLanes, from = __shfl_sync(kFullWarp, entry, key);
-      const bool exists = c.chunk * kChunk + key < c.count;
-      const int cell = from & 0xFFFF;
-      const bool fresh = exists && cell >= first;
+      const int key = i * kAtOnce + lane / kLanes, found = __shfl_sync(kFullWarp, offset, key);
+      const bool exists = key < left, fresh = found < 0;
       if (Fp8 && !fresh) {
-        const int64_t at = tail + static_cast<int64_t>(from >> 16) * D + part;
-        copy_codes(slot + key * D, part, p.tail_k, at, exists);
-        copy_codes(slot + (kChunk + key) * D, part, p.tail_v, at, exists);
+        copy_codes(slot + key * D, part * 8, p.tail_k, tail + found, exists);
+        copy_codes(slot + (kChunk + key) * D, part * 8, p.tail_v, tail + found, exists);
         continue;
       }
-      const int64_t at = fresh ? input + static_cast<int64_t>(cell - first) * D : tail + static_cast<int64_t>(from >> 16) * D;
-      copy(slot + (key * D + part), fresh ? p.k : p.tail_k, at + part, exists);
-      copy(slot + ((kChunk + key) * D + part), fresh ? p.v : p.tail_v, at + part, exists);
+      const int from = fresh ? ~found : found, to = key * D + (Fp8 ? part : part ^ key % 8) * 8;
+      copy(slot + to, fresh ? input_k : tail_k, from, exists);
+      copy(slot + (kChunk * D + to), fresh ? input_v : tail_v, from, exists);
     }
-    if (lane < kLanes) copy(slot + (2 * kChunk * D + part), p.q, c.place.at * D + part, true);
+    if ((Fp8 || at.chunk == static_cast<int>(blockIdx.z)) && lane < kLanes)
+      copy(slot + (2 * kChunk * D + part * 8), p.q, at.place.from + part * 8, true);
   }
 
   static __device__ __forceinline__ void widen(const uint4 words, float (&x)[8]) {
@@ -186,45 +214,132 @@ struct Kernel {
       widen(*shared_cast<const uint4>(row + part), x);
     }
   }
-  // One chunk joins a row's (top, total, sum); a lane holds 8 channels of the keys it reads. scales: of codes, keys and values.
-  static __device__ __forceinline__ void attend_tail(shared<T> slot, int left, float scale, float2 scales, float& top,
-                                                     float& total, float (&sum)[8]) {
-    const int lane = threadIdx.x % 32, part = lane % kLanes * 8;
-    float q[8], x[8], s[kChunk / kAtOnce], most = top;
-    widen(*shared_cast<const uint4>(slot + (2 * kChunk * D + part)), q);
-    unsigned fresh = kFullWarp;
-    if constexpr (Fp8) fresh = shared_cast<const unsigned>(slot + kFlags)[0];
+  // (top, total, sum) of one row over its tail. Few keys are no work for tensor cores, but the fewest instructions: the query is
+  // all 16 rows of the product, and two of a lane's four sums are the other two again.
+  struct Tail {
+    float top = -INFINITY, total = 0, sum[D / 8][4] = {};
+    uint32_t q[D / 16][2];
+
+    __device__ __forceinline__ void start(const shared<T> slot) {
+      const shared<const uint32_t> from = shared_cast<const uint32_t>(slot + 2 * kChunk * D);
 #pragma unroll
-    for (int i = 0; i < kChunk / kAtOnce; ++i) {
-      const int key = i * kAtOnce + lane / kLanes;
-      const bool codes = Fp8 && !(fresh >> key & 1);
-      read(slot + key * D, part, codes, x);
-      float dot = 0;
+      for (int d = 0; d < D / 16; ++d)
 #pragma unroll
-      for (int e = 0; e < 8; ++e) dot += q[e] * x[e];
-      dot = warp_sum<kLanes>(dot);
-      if (codes) dot *= scales.x;
-      s[i] = key < left ? dot * scale : -INFINITY;
-      most = fmaxf(most, s[i]);
+        for (int half = 0; half < 2; ++half) q[d][half] = from[8 * d + 4 * half + threadIdx.x % 4];
     }
+    __device__ __forceinline__ void join(const shared<T> slot, int left, float scale, float2) {
+      const int lane = threadIdx.x % 32, matrix = lane / 8;
+      float s[kChunk / 8][4] = {}, most = top;
 #pragma unroll
-    for (int bit = kLanes; bit < 32; bit *= 2) most = fmaxf(most, __shfl_xor_sync(kFullWarp, most, bit));
-    const float shrink = exp2f(top - most);  // a chunk has a key at least: most is finite
-    top = most, total *= shrink;
+      for (int d = 0; d < D / 16; d += kPerLoad) {  // 16 keys of 16 channels at a time, or 8 of 32
+        const int key = (kChunk == 16 ? matrix / 2 * 8 : 0) + lane % 8, part = 2 * d + (kChunk == 16 ? matrix % 2 : matrix);
+        uint32_t k[4];
+        ldmatrix(k, slot + (key * D + (part ^ key % 8) * 8));
 #pragma unroll
-    for (int e = 0; e < 8; ++e) sum[e] *= shrink;
+        for (int i = 0; i < 2; ++i) {
+          const int of = kChunk == 16 ? d : d + i;
+          mma_m16n8k16<T>(s[kChunk == 16 ? i : 0], {q[of][0], q[of][0], q[of][1], q[of][1]}, {k[2 * i], k[2 * i + 1]});
+        }
+      }
 #pragma unroll
-    for (int i = 0; i < kChunk / kAtOnce; ++i) {
-      const int key = i * kAtOnce + lane / kLanes;
-      const bool codes = Fp8 && !(fresh >> key & 1);
-      float weight = exp2f(s[i] - most);
-      read(slot + (kChunk + key) * D, part, codes, x);
-      total += weight;
-      if (codes) weight *= scales.y;
+      for (int j = 0; j < kChunk / 8; ++j)
 #pragma unroll
-      for (int e = 0; e < 8; ++e) sum[e] += weight * x[e];
+        for (int e = 0; e < 2; ++e) {
+          s[j][e] = 8 * j + lane % 4 * 2 + e < left ? s[j][e] * scale : -INFINITY;
+          most = fmaxf(most, s[j][e]);
+        }
+      most = warp_max<4>(most);
+      const float shrink = exp2f(top - most);  // a chunk has a key at least: most is finite
+      top = most, total *= shrink;
+#pragma unroll
+      for (int d = 0; d < D / 8; ++d)
+#pragma unroll
+        for (int e = 0; e < 4; ++e) sum[d][e] *= shrink;
+      uint32_t weights[2] = {};
+#pragma unroll
+      for (int j = 0; j < kChunk / 8; ++j) {
+        const float low = exp2f(s[j][0] - most), high = exp2f(s[j][1] - most);
+        total += low + high, weights[j] = pack<T>(low, high);
+      }
+#pragma unroll
+      for (int d = 0; d < D / 16; d += kPerLoad) {
+        const int key = (kChunk == 16 ? matrix % 2 * 8 : 0) + lane % 8, part = 2 * d + (kChunk == 16 ? matrix / 2 : matrix);
+        uint32_t v[4];
+        ldmatrix<true>(v, slot + (kChunk * D + key * D + (part ^ key % 8) * 8));
+#pragma unroll
+        for (int i = 0; i < 2 * kPerLoad; ++i) {
+          const uint32_t low = kChunk == 16 ? v[2 * i] : v[i], high = kChunk == 16 ? v[2 * i + 1] : 0;
+          mma_m16n8k16<T>(sum[2 * d + i], {weights[0], weights[0], weights[1], weights[1]}, {low, high});
+        }
+      }
     }
-  }
+    // To the states in shared memory.
+    __device__ __forceinline__ void finish(shared<float> its_top, shared<float> its_total, shared<float> to) {
+      const int lane = threadIdx.x % 32;
+      total = warp_sum<4>(total);
+      if (lane == 0) *its_top = top, *its_total = total;
+#pragma unroll
+      for (int d = 0; d < D / 8; ++d)
+        if (d % 8 == lane / 4) shared_cast<float2>(to)[4 * d + lane % 4] = make_float2(sum[d][0], sum[d][1]);
+    }
+  };
+
+  // The same where keys may be codes, each with its scale: a lane holds 8 channels of the keys that it reads.
+  struct TailOfCodes {
+    float top = -INFINITY, total = 0, sum[8] = {};
+
+    __device__ __forceinline__ void start(const shared<T>) {}
+    __device__ __forceinline__ void join(const shared<T> slot, int left, float scale, float2 scales) {
+      const int lane = threadIdx.x % 32, part = lane % kLanes * 8;
+      const unsigned fresh = shared_cast<const unsigned>(slot + kFlags)[0];
+      float q[8], x[8], s[kChunk / kAtOnce], most = top;
+      widen(*shared_cast<const uint4>(slot + (2 * kChunk * D + part)), q);
+#pragma unroll
+      for (int i = 0; i < kChunk / kAtOnce; ++i) {
+        const int key = i * kAtOnce + lane / kLanes;
+        const bool codes = !(fresh >> key & 1);
+        read(slot + key * D, part, codes, x);
+        float dot = 0;
+#pragma unroll
+        for (int e = 0; e < 8; ++e) dot += q[e] * x[e];
+        dot = warp_sum<kLanes>(dot);
+        if (codes) dot *= scales.x;
+        s[i] = key < left ? dot * scale : -INFINITY;
+        most = fmaxf(most, s[i]);
+      }
+#pragma unroll
+      for (int bit = kLanes; bit < 32; bit *= 2) most = fmaxf(most, __shfl_xor_sync(kFullWarp, most, bit));
+      const float shrink = exp2f(top - most);
+      top = most, total *= shrink;
+#pragma unroll
+      for (int e = 0; e < 8; ++e) sum[e] *= shrink;
+#pragma unroll
+      for (int i = 0; i < kChunk / kAtOnce; ++i) {
+        const int key = i * kAtOnce + lane / kLanes;
+        const bool codes = !(fresh >> key & 1);
+        float weight = exp2f(s[i] - most);
+        read(slot + (kChunk + key) * D, part, codes, x);
+        total += weight;
+        if (codes) weight *= scales.y;
+#pragma unroll
+        for (int e = 0; e < 8; ++e) sum[e] += weight * x[e];
+      }
+    }
+    __device__ __forceinline__ void finish(shared<float> its_top, shared<float> its_total, shared<float> to) {
+      const int lane = threadIdx.x % 32;
+#pragma unroll
+      for (int bit = kLanes; bit < 32; bit *= 2) {
+        total += __shfl_xor_sync(kFullWarp, total, bit);
+#pragma unroll
+        for (int e = 0; e < 8; ++e) sum[e] += __shfl_xor_sync(kFullWarp, sum[e], bit);
+      }
+      if (lane == 0) *its_top = top, *its_total = total;
+      if (lane >= kLanes) return;
+      const shared<float4> half = shared_cast<float4>(to + lane * 8);
+      half[0] = make_float4(sum[0], sum[1], sum[2], sum[3]);
+      half[1] = make_float4(sum[4], sum[5], sum[6], sum[7]);
+    }
+  };
 };
 
 }  // namespace

@@ -58,6 +58,7 @@ struct CudaDecodeParams {
   int32_t* arrived;  // [tiles, heads] or null: zero before and after
   const float* scale_k;  // [heads]: tails hold e4m3 codes, a value being code x scale; or null
   const float* scale_v;
+  int64_t candidate_stride, head_stride, cell_stride;  // of q, k and v, in elements; channels are next to each other
   int32_t rows;  // 16 or 64
   int32_t splits;
   bool dependent_launch;  // start before the previous kernel has ended: sm_90
@@ -95,11 +96,14 @@ struct CudaLinearParams {
   int32_t multiprocessors;  // thread blocks to share the work
   int32_t shared_limit;     // bytes of shared memory that a block may have
   int32_t parts;            // of which y consists, one after the other: [parts, rows, outputs / parts]
+  bool dense;               // 16-bit weights in the order of nn.Linear, [outputs, inputs]; scale and bias in that order too
   bool dependent_launch;    // start before the previous kernel has ended: sm_90
 };
 size_t skinny_linear_workspace(const CudaLinearParams& call);
 // Throws std::runtime_error with the driver's words.
 void launch_skinny_linear(const CudaLinearParams& call, void* stream);
+// y [rows, inputs] = norm(x), what the linear layer would multiply, for any number of rows and inputs that are a multiple of 8.
+void launch_join(const CudaLinearParams& call, void* stream);
 
 // token = argmax(logits / temperature + gumbel noise) over the top_k tokens, of those over the top_p set.
 struct SampleParams {

@@ -1,22 +1,34 @@
 // y = epilogue((norm(x) Wᵀ) * scale + bias) + residual for 1 to 64 rows of x, where all that costs is reading W once.
 //
 // W is the A operand of mma.m16n8k16 and the rows of x are its B operand, 8 rows an instruction: one row alone wastes tensor
-// throughput, of which there is plenty, and no bandwidth. dalle_fast/packing.py lays W out so that a thread block's work is
-// one unbroken range of memory:
+// throughput, of which there is plenty, and no bandwidth. dalle_fast/packing.py lays W out in the order in which it is read.
+// Few rows, which fit in shared memory whole, are skinny_few_rows.cuh's; here x is streamed beside W:
 //
 //   work    W is a line of (blocks of 128 outputs) x (stages of 32 to 128 inputs); each thread block takes an equal share of
 //           it, so that every multiprocessor reads as much, whatever the shape. A warp owns 16 of the 128 outputs.
-//   stream  each warp keeps its next 7 records of 1 KB in flight, by cp.async into its own part of shared memory (57 KB a
-//           multiprocessor; 3 TB/s at 1 µs of latency are 23 KB), and waits for no other warp.
+//   stream  W and x come a stage at a time, by cp.async into shared memory, several stages ahead (57 KB of W a multiprocessor;
+//           3 TB/s at 1 µs of latency are 23 KB). LayerNorm is a launch of its own before.
 //   reduce  where a share ends inside a sum, the parts go to `partials`, and the warp that is last adds them in the order of
 //           the inputs: a result does not depend on timing.
-//   x       little: whole in shared memory, normalised on the way in. Much: a piece a stage, beside W, and LayerNorm is a
-//           launch of its own before.
 //   launch  dependent (sm_90): the first records are under way before the kernel that makes x has ended.
-#include "skinny_linear.cuh"
+#include "skinny_few_rows.cuh"
 
 namespace dalle_fast {
 namespace skinny {
+
+struct DeviceParams {
+  CudaLinearParams call;
+  float* partials;  // [blocks + weight blocks][warp][8 rows a tile][lane][4]
+  void* prepared;   // [rows, padded inputs] or null: x is read as it is
+  int32_t stages, weight_blocks, padded_inputs;
+};
+
+// Stages in flight.
+template <DType kW, int kTiles>
+__host__ __device__ constexpr int depth() {
+  const int stage = kWarps * Format<kW>::kSlot + kTiles * 8 * Format<kW>::kInputs * 2;
+  return stage * 8 <= kMaxRing ? 8 : kMaxRing / stage;
+}
 
 // The units of work [first, last) of a thread block, of `total` that are shared out evenly. total * blocks < 2^31.
 struct Share {
@@ -25,17 +37,17 @@ struct Share {
   __device__ int owner(int unit) const { return ((unit + 1) * blocks - 1) / total; }
 };
 
-template <class T, DType kW, int kTiles, bool kResident>
+template <class T, DType kW, int kTiles>
 struct Kernel {
   using F = Format<kW>;
-  static constexpr int kDepth = depth<kW, kTiles, kResident>();
+  static constexpr int kDepth = depth<kW, kTiles>();
 
   const DeviceParams& p;
   const Share share;
   const int warp, lane, group, quad;  // group: row of the A operand, column of the B operand
   shared<uint4> ring;                 // records: [slot][warp][2][lane]
   shared<float2> scales;              // int4: [slot][warp][lane], of rows group and group + 8
-  shared<uint4> xs;                   // x: whole, or a piece a slot; x_place says where
+  shared<uint4> xs;                   // x: a piece a slot; x_place says where
   const unsigned char* from;          // this lane's part of the next record to fetch
   int fetched_stage;                  // whose piece of x comes next
   float sum[kTiles][4];
@@ -51,37 +63,34 @@ struct Kernel {
         scales(its_scales + (warp * 32 + lane)),
         xs(its_xs) {}
 
-  __device__ void run(shared<float> sums) {
+  __device__ void run() {
     const int first = share.first(blockIdx.x), last = share.first(blockIdx.x + 1);
     from = static_cast<const unsigned char*>(p.call.linear.weight) +
            (static_cast<int64_t>(first) * kWarps + warp) * F::kRecord;
     fetched_stage = first % p.stages;
 #pragma unroll
-    for (int i = 0; i < kDepth - 1; ++i) {
+    for (int i = 0; i < kDepth - 1; ++i)
       if (first + i < last) fetch_weights(i);
-      if (kResident) cp_async_commit();
-    }
     start_next_kernel();
+    const int outputs = first / p.stages * kBlock, count = ((last - 1) / p.stages + 1) * kBlock - outputs;
+    if (first < last && threadIdx.x == 0) prefetch_vector(p.call.linear.bias, outputs, count);
+    if (first < last && threadIdx.x == 32) prefetch_vector(p.call.scale, outputs, count);
     wait_for_previous_kernel();
-    if constexpr (kResident) {
-      load_rows<T>(p.call, p.padded_inputs, xs, sums, blockIdx.x == 0);
-    } else {
-      for (int i = 0; i < kDepth - 1; ++i) {
-        if (first + i < last) fetch_x(i);
-        cp_async_commit();
-      }
+    for (int i = 0; i < kDepth - 1; ++i) {
+      if (first + i < last) fetch_x(i);
+      cp_async_commit();
     }
     int tile = first / p.stages, stage = first % p.stages, slot = 0, next = kDepth - 1;
     clear();
     for (int unit = first; unit < last; ++unit) {
       cp_async_wait<kDepth - 2>();
-      if (!kResident) __syncthreads();  // x is everybody's: this piece has landed, and all are done with slot `next`
+      __syncthreads();  // x is everybody's: this piece has landed, and all are done with slot `next`
       if (unit + kDepth - 1 < last) {
         fetch_weights(next);
-        if (!kResident) fetch_x(next);
+        fetch_x(next);
       }
       cp_async_commit();
-      multiply(slot, stage);
+      multiply(slot);
       slot = slot + 1 == kDepth ? 0 : slot + 1;
       next = next + 1 == kDepth ? 0 : next + 1;
       if (++stage == p.stages || unit + 1 == last) {
@@ -122,40 +131,12 @@ struct Kernel {
   }
 
   // One stage: 16 outputs, F::kInputs inputs, all rows.
-  __device__ void multiply(int slot, int stage) {
+  __device__ void multiply(int slot) {
     const uint4 w[2] = {ring[slot * kWarps * 64], ring[slot * kWarps * 64 + 32]};
-    const int x = (kResident ? stage : slot) * F::kUnits * p.call.linear.rows * 4 + quad;
-    if constexpr (!F::kGroups) {
-      products(w, x, sum, sum);
-    } else {  // a stage is a group of inputs: integers are added, then scaled, in float32
-      constexpr int kChains = kTiles == 1 ? 2 : 1;  // one sum alone would wait for itself 8 times
-      float part[kChains][kTiles][4] = {};
-      products(w, x, part[0], part[kChains - 1]);
-      const float2 scale = scales[slot * kWarps * 32];
-#pragma unroll
-      for (int i = 0; i < kTiles; ++i)
-#pragma unroll
-        for (int j = 0; j < 4; ++j) {
-          const float total = kChains == 2 ? part[0][i][j] + part[kChains - 1][i][j] : part[0][i][j];
-          sum[i][j] += total * (j < 2 ? scale.x : scale.y);
-        }
-    }
-  }
-
-  __device__ void products(const uint4 (&w)[2], int x, float (&even)[kTiles][4], float (&odd)[kTiles][4]) {
     const int rows = p.call.linear.rows;
-#pragma unroll
-    for (int u = 0; u < F::kUnits; ++u) {
-      uint32_t a[2][4];
-      fragment<T, kW>(w, u, 0, a[0]);
-      fragment<T, kW>(w, u, 1, a[1]);
-#pragma unroll
-      for (int i = 0; i < kTiles; ++i) {  // rows that do not exist are the last one again; nobody reads their sums
-        const uint4 b = xs[x + (u * rows + min(i * 8 + group, rows - 1)) * 4];
-        mma_m16n8k16<T>(even[i], a[0], {b.x, b.y});
-        mma_m16n8k16<T>(odd[i], a[1], {b.z, b.w});
-      }
-    }
+    const shared<const uint4> x = xs + (slot * F::kUnits * rows * 4 + quad);
+    if constexpr (F::kGroups) scaled_products<T, kW>(w, scales[slot * kWarps * 32], x, rows, sum);
+    else products<T, kW>(w, x, rows, sum, sum);
   }
 
   // Whether `sum` now holds the whole sums of this warp's outputs: alone, or together with the shares of other blocks.
@@ -219,12 +200,8 @@ struct Kernel {
       for (int c = 0; c < 2; ++c) {
         const int row = i * 8 + 2 * quad + c;
         float y[2] = {sum[i][c] * scale[0] + bias[0], sum[i][2 + c] * scale[1] + bias[1]};
-        if (gated) {
-          y[0] *= gelu_erf(y[1]);
-        } else if (l.epilogue != Epilogue::none) {
-          const bool tanh = l.epilogue == Epilogue::gelu_tanh;
-          y[0] = tanh ? gelu_tanh(y[0]) : gelu_erf(y[0]), y[1] = tanh ? gelu_tanh(y[1]) : gelu_erf(y[1]);
-        }
+        if (gated) y[0] *= gelu_erf(y[1]);
+        else y[0] = activate(l.epilogue, y[0]), y[1] = activate(l.epilogue, y[1]);
         if (row < l.rows && output < l.outputs) write(place[0] + static_cast<int64_t>(row) * part, y[0]);
         if (row < l.rows && output + 8 < l.outputs && !gated) write(place[1] + static_cast<int64_t>(row) * part, y[1]);
       }
@@ -242,94 +219,126 @@ struct Kernel {
 template <DType kW, int kTiles>
 constexpr int kBlocksAtOnce = Format<kW>::kGroups && kTiles == 8 ? 1 : 2;
 
-template <class T, DType kW, int kTiles, bool kResident>
+template <class T, DType kW, int kTiles>
 __global__ void __launch_bounds__(kThreads, kBlocksAtOnce<kW, kTiles>) linear(const __grid_constant__ DeviceParams p) {
-  constexpr int kDepth = depth<kW, kTiles, kResident>();
-  const int inputs = kResident ? p.padded_inputs : kDepth * Format<kW>::kInputs;
+  constexpr int kDepth = depth<kW, kTiles>();
   shared<unsigned char> memory = dynamic_shared();
-  const shared<float> sums = carve<float>(memory, kSums);
   const shared<uint4> ring = carve<uint4>(memory, kDepth * kWarps * 64);
   const shared<float2> scales = carve<float2>(memory, Format<kW>::kGroups ? kDepth * kWarps * 32 : 0);
-  const shared<uint4> xs = carve<uint4>(memory, p.call.linear.rows * inputs / 8);
-  Kernel<T, kW, kTiles, kResident>(p, ring, scales, xs).run(sums);
+  const shared<uint4> xs = carve<uint4>(memory, p.call.linear.rows * kDepth * Format<kW>::kInputs / 8);
+  Kernel<T, kW, kTiles>(p, ring, scales, xs).run();
 }
 
 // One thread block a row: p.prepared = norm(x) as load_rows says, zero beyond the inputs.
 template <class T>
 __global__ void __launch_bounds__(kThreads, 2) prepare(const __grid_constant__ DeviceParams p) {
   start_next_kernel();
-  wait_for_previous_kernel();
   shared<unsigned char> memory = dynamic_shared();
-  const shared<float> sums = carve<float>(memory, kSums);
+  const shared<float4> moments = carve<float4>(memory, kMoments);
   const shared<uint4> xs = carve<uint4>(memory, p.padded_inputs / 8);
   CudaLinearParams one = p.call;
   const int64_t row = static_cast<int64_t>(blockIdx.x) * one.linear.inputs;
   one.linear.rows = 1;
   one.linear.x = static_cast<const T*>(one.linear.x) + row;
   if (one.branch) one.branch = static_cast<const T*>(one.branch) + row, one.sum = static_cast<T*>(one.sum) + row;
-  load_rows<T>(one, p.padded_inputs, xs, sums, true);
+  load_rows<T, false>(one, p.padded_inputs, xs, moments, true);
   uint4* to = static_cast<uint4*>(p.prepared) + static_cast<int64_t>(blockIdx.x) * (p.padded_inputs / 8);
   for (int i = threadIdx.x; i < p.padded_inputs / 8; i += kThreads) store(to + i, static_cast<uint4>(xs[i]));
 }
 
 // How a call runs, from its sizes alone.
 struct Plan {
-  int rows, tiles, stages, padded_inputs, weight_blocks, blocks, shared_bytes;
-  bool resident, prepare;
+  int rows, stages, padded_inputs, weight_blocks, blocks, shared_bytes;
+  int tiles, tiles_a_block;  // of 16 outputs, for few rows; a block's tiles are 0 where x is streamed
+  int row_tiles;             // of 8 rows
+  bool prepare;
 
-  size_t partial_bytes() const { return sizeof(float) * (blocks + weight_blocks) * kBlock * tiles * 8; }
+  size_t partial_bytes() const { return tiles_a_block ? 0 : sizeof(float) * (blocks + weight_blocks) * kBlock * row_tiles * 8; }
   size_t prepared_bytes() const { return prepare ? size_t{2} * rows * padded_inputs : 0; }
 };
 
-template <DType kW, int kTiles, bool kResident>
-int shared_bytes(const Plan& plan) {
-  constexpr int kDepth = depth<kW, kTiles, kResident>();
-  const int inputs = kResident ? plan.padded_inputs : kDepth * Format<kW>::kInputs;
-  return kSums * 4 + kDepth * kWarps * Format<kW>::kSlot + plan.rows * inputs * 2;
+template <DType kW, int kTiles>
+int streamed_bytes(int rows) {
+  return depth<kW, kTiles>() * (kWarps * Format<kW>::kSlot + rows * Format<kW>::kInputs * 2);
+}
+
+// Tiles of a thread block, or 0 if few_rows is not for this call.
+template <DType kW>
+int tiles_a_block(const Plan& plan, const CudaLinearParams& call) {
+  if (plan.rows > 8 || call.linear.inputs % 8 || plan.rows * plan.padded_inputs * 2 > kMaxResident) return 0;
+  int tiles = std::min((plan.tiles + call.multiprocessors - 1) / call.multiprocessors, kMaxTiles);
+  while (tiles && few_rows_bytes<kW>(plan.rows, plan.padded_inputs, tiles) > call.shared_limit) --tiles;
+  return tiles;
 }
 
 template <DType kW>
 Plan plan_of(const CudaLinearParams& call) {
   const SkinnyLinearParams& l = call.linear;
-  const int tile_outputs = l.epilogue == Epilogue::geglu ? kBlock / 2 : kBlock;
+  const int halves = l.epilogue == Epilogue::geglu ? 2 : 1;
   Plan plan = {};
   plan.rows = l.rows;
-  plan.tiles = l.rows <= 8 ? 1 : l.rows <= 16 ? 2 : l.rows <= 32 ? 4 : 8;
   plan.stages = (l.inputs + Format<kW>::kInputs - 1) / Format<kW>::kInputs;
   plan.padded_inputs = plan.stages * Format<kW>::kInputs;
-  plan.weight_blocks = (l.outputs + tile_outputs - 1) / tile_outputs;
+  plan.weight_blocks = (l.outputs * halves + kBlock - 1) / kBlock;
+  plan.tiles = (l.outputs * halves + kTile - 1) / kTile;
+  plan.tiles_a_block = tiles_a_block<kW>(plan, call);
+  if (plan.tiles_a_block) {
+    plan.blocks = (plan.tiles + plan.tiles_a_block - 1) / plan.tiles_a_block;
+    plan.shared_bytes = few_rows_bytes<kW>(plan.rows, plan.padded_inputs, plan.tiles_a_block);
+    return plan;
+  }
+  plan.row_tiles = l.rows <= 8 ? 1 : l.rows <= 16 ? 2 : l.rows <= 32 ? 4 : 8;
   plan.blocks = std::min(call.multiprocessors, plan.weight_blocks * plan.stages);
-  plan.shared_bytes = shared_bytes<kW, 1, true>(plan);
-  plan.resident = plan.tiles == 1 && plan.rows * plan.padded_inputs * 2 <= kMaxResident &&
-                  plan.shared_bytes <= call.shared_limit;
-  if (!plan.resident)
-    plan.shared_bytes = plan.tiles == 1   ? shared_bytes<kW, 1, false>(plan)
-                        : plan.tiles == 2 ? shared_bytes<kW, 2, false>(plan)
-                        : plan.tiles == 4 ? shared_bytes<kW, 4, false>(plan)
-                                          : shared_bytes<kW, 8, false>(plan);
-  plan.prepare = !plan.resident && (l.norm_weight || call.branch || l.inputs % 8);
+  plan.shared_bytes = plan.row_tiles == 1   ? streamed_bytes<kW, 1>(plan.rows)
+                      : plan.row_tiles == 2 ? streamed_bytes<kW, 2>(plan.rows)
+                      : plan.row_tiles == 4 ? streamed_bytes<kW, 4>(plan.rows)
+                                            : streamed_bytes<kW, 8>(plan.rows);
+  plan.prepare = l.norm_weight || call.branch || l.inputs % 8;
   return plan;
 }
 
 template <class T, DType kW>
 void run(const CudaLinearParams& call, void* stream) {
   const Plan plan = plan_of<kW>(call);
+  const dim3 grid(static_cast<unsigned>(plan.blocks)), block(kThreads);
+  const size_t bytes = static_cast<size_t>(plan.shared_bytes);
+  if (plan.tiles_a_block) {
+    const FewRowsParams few{call, plan.stages, plan.padded_inputs, plan.tiles, plan.tiles_a_block};
+    void (*kernel)(FewRowsParams) = few_rows<T, kW, false>;
+    if constexpr (kW == DType::bfloat16)
+      if (call.dense) kernel = few_rows<T, kW, true>;
+    launch(kernel, "skinny_linear", grid, block, bytes, stream, call.dependent_launch, few);
+    return;
+  }
+  if (call.dense)
+    throw std::runtime_error("skinny_linear: got " + std::to_string(plan.rows) + " rows of " + std::to_string(call.linear.inputs) +
+                             " inputs for a dense weight, expected few enough for shared memory");
   DeviceParams p{call, static_cast<float*>(call.workspace), nullptr, plan.stages, plan.weight_blocks, plan.padded_inputs};
   if (plan.prepare) {
     p.prepared = static_cast<char*>(call.workspace) + plan.partial_bytes();
-    launch(prepare<T>, "skinny_linear's LayerNorm", dim3(static_cast<unsigned>(plan.rows)), dim3(kThreads),
-           static_cast<size_t>(kSums * 4 + plan.padded_inputs * 2), stream, call.dependent_launch, p);
+    launch(prepare<T>, "skinny_linear's LayerNorm", dim3(static_cast<unsigned>(plan.rows)), block,
+           static_cast<size_t>(kMoments * 16 + plan.padded_inputs * 2), stream, call.dependent_launch, p);
   }
-  void (*kernel)(DeviceParams) = plan.resident     ? linear<T, kW, 1, true>
-                                 : plan.tiles == 1 ? linear<T, kW, 1, false>
-                                 : plan.tiles == 2 ? linear<T, kW, 2, false>
-                                 : plan.tiles == 4 ? linear<T, kW, 4, false>
-                                                   : linear<T, kW, 8, false>;
-  launch(kernel, "skinny_linear", dim3(static_cast<unsigned>(plan.blocks)), dim3(kThreads),
-         static_cast<size_t>(plan.shared_bytes), stream, call.dependent_launch, p);
+  void (*kernel)(DeviceParams) = plan.row_tiles == 1   ? linear<T, kW, 1>
+                                 : plan.row_tiles == 2 ? linear<T, kW, 2>
+                                 : plan.row_tiles == 4 ? linear<T, kW, 4>
+                                                       : linear<T, kW, 8>;
+  launch(kernel, "skinny_linear", grid, block, bytes, stream, call.dependent_launch, p);
+}
+
+template <class T>
+void run_join(const CudaLinearParams& call, void* stream) {
+  DeviceParams p{};
+  p.call = call, p.prepared = call.linear.y, p.padded_inputs = call.linear.inputs;
+  launch(prepare<T>, "join", dim3(static_cast<unsigned>(call.linear.rows)), dim3(kThreads),
+         static_cast<size_t>(kMoments * 16 + call.linear.inputs * 2), stream, call.dependent_launch, p);
 }
 
 }  // namespace skinny
+
+void launch_join(const CudaLinearParams& call, void* stream) {
+  call.linear.dtype == DType::float16 ? skinny::run_join<__half>(call, stream) : skinny::run_join<__nv_bfloat16>(call, stream);
+}
 
 size_t skinny_linear_workspace(const CudaLinearParams& call) {
   const skinny::Plan plan = call.weight_dtype == DType::int4   ? skinny::plan_of<DType::int4>(call)

@@ -20,7 +20,6 @@ from dalle_fast.packing import Branch, PackedWeight
 DTYPES = {torch.bfloat16: "bfloat16", torch.float16: "float16", torch.float32: "float32"}
 HEAD_DIMS = (64, 128)
 MAX_VOCAB = 32768  # a thread block holds a row of logits in shared memory
-PREFIX_BLOCK = 64  # keys that decode_attention multiplies at a time, as in csrc/decode_attention.cu
 SPARE = 1 << 18  # counters set aside for CUDA graphs, 1 MiB
 
 
@@ -130,6 +129,15 @@ def _reads(mask: str, slots: int, device: torch.device) -> tuple[Tensor, Tensor,
     return tuple(torch.from_numpy(np.array(x, dtype=np.int32)).to(device) for x in arrays)  # type: ignore[return-value]
 
 
+def alike(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """As they are, if channels are next to each other, on multiples of 16 bytes, and all have the same strides, as parts of one
+    projection have; else dense."""
+    strides = tensors[0].stride()
+    fit = strides[-1] == 1 and all(s % 8 == 0 and s < 2**31 for s in strides[:-1])
+    same = all(x.stride() == strides and x.data_ptr() % 16 == 0 for x in tensors)
+    return tensors if fit and same else tuple(dense(x) for x in tensors)
+
+
 class Shape(NamedTuple):
     """How decode_attention is shared out: rows of a thread block, thread blocks a prefix."""
 
@@ -137,12 +145,13 @@ class Shape(NamedTuple):
     splits: int
 
 
-def share_out(multiprocessors: int, prompts: int, heads: int, queries: int, prefix: int) -> Shape:
+def share_out(multiprocessors: int, prompts: int, heads: int, queries: int, dim: int) -> Shape:
     """queries: of all candidates of a prompt. Large tiles read the prefix less often, but only if they are enough for all
-    multiprocessors; where even small ones are not, blocks share a prefix. Predicted, not measured."""
+    multiprocessors; where even small ones leave room for four times as many, four thread blocks share a prefix (measured on an
+    H100: two are no faster than one)."""
     rows = 64 if queries > 32 and prompts * heads * -(-queries // 64) >= multiprocessors else 16
-    programs = prompts * heads * -(-queries // rows)
-    return Shape(rows, max(1, min(-(-prefix // PREFIX_BLOCK), 2 * multiprocessors // programs)))
+    programs, room = prompts * heads * -(-queries // rows), multiprocessors * (2 if dim == 64 else 1)
+    return Shape(rows, 4 if rows == 16 and 4 * programs <= room else 1)
 
 
 def decode_attention(
@@ -152,7 +161,8 @@ def decode_attention(
     """ops.decode_attention says what it computes; with scales, tails hold e4m3 codes."""
     batch, heads, n, dim = q.shape
     prompts, prefix = prefix_k.shape[:3:2]
-    q, k, v, prefix_k, prefix_v = (dense(x) for x in (q, k, v, prefix_k, prefix_v))
+    q, k, v = alike(q, k, v)
+    prefix_k, prefix_v = dense(prefix_k), dense(prefix_v)
     if scales is not None:
         tail_k, tail_v = tail_k.view(torch.uint8), tail_v.view(torch.uint8)
     kept_k, kept_v = dense(tail_k), dense(tail_v)
@@ -160,7 +170,7 @@ def decode_attention(
     if not out.numel():
         return out
     device = describe(q.device)
-    rows, splits = shape or share_out(device.multiprocessors, prompts, heads, batch // prompts * n, prefix)
+    rows, splits = shape or share_out(device.multiprocessors, prompts, heads, batch // prompts * n, dim)
     programs = prompts * heads * -(-(batch // prompts * n) // rows)
     partial = arrived = None
     if splits > 1:
@@ -185,7 +195,7 @@ def decode_attention(
     with on(q):
         kernels().decode_attention(
             [0 if x is None else x.data_ptr() for x in tensors],
-            [batch, prompts, heads, n, dim, prefix, tail_k.shape[2], *tables[1].shape, rows, splits],
+            [batch, prompts, heads, n, dim, prefix, tail_k.shape[2], *tables[1].shape, rows, splits, *q.stride()[:3]],
             1 / math.sqrt(dim), DTYPES[q.dtype], device.dependent_launch, stream(q),
         )  # fmt: skip
     for tail, kept in ((tail_k, kept_k), (tail_v, kept_v)):
@@ -249,6 +259,29 @@ def _sample(
             )  # fmt: skip
 
 
+def few_rows(inputs: int, device: torch.device) -> int:
+    """How many rows skinny_linear multiplies by a dense weight: they lie in shared memory whole, beside what is in flight."""
+    room = min(64 << 10, describe(device).shared_limit - (80 << 10))
+    return min(8, room // (2 * -(-inputs // 32) * 32))
+
+
+def join(
+    x: Tensor, norm_weight: Tensor, norm_bias: Tensor | None, norm_eps: float, branch: Branch | None
+) -> Tensor:  # fmt: skip
+    """One launch; linear.join says what it computes. Rows of a multiple of 8 channels."""
+    y = torch.empty_like(x)
+    vectors = (norm_weight, norm_bias, *((branch.weight, branch.bias) if branch else (None, None)))
+    norm = [None if v is None else v.float().contiguous() for v in vectors]
+    rows, total = (dense(branch.rows), branch.sum) if branch else (None, None)
+    tensors = (dense(x), *norm[:2], y, rows, *norm[2:], total)
+    with on(x):
+        kernels().join(
+            [0 if t is None else t.data_ptr() for t in tensors], *x.shape, norm_eps, DTYPES[x.dtype],
+            describe(x.device).dependent_launch, stream(x),
+        )  # fmt: skip
+    return y
+
+
 def skinny_linear(
     x: Tensor,
     weight: PackedWeight,
@@ -260,14 +293,16 @@ def skinny_linear(
     parts: int,
     branch: Branch | None = None,
 ) -> Tensor:
-    """One launch; two where rows are so many that LayerNorm is one of its own (csrc/skinny_linear.cu)."""
+    """One launch; two where LayerNorm is one of its own: for many rows, and inputs that are no multiple of 8."""
     if weight.kind not in ("int8", "int4", DTYPES[x.dtype]):
         raise ValueError(
             f"got x {x.dtype} for a weight of {weight.kind}, expected {weight.kind}, or int8 or int4 weights"
         )
     device = describe(x.device)
     y = torch.empty(parts, x.shape[0], weight.outputs // parts, dtype=x.dtype, device=x.device)
-    sizes = [x.shape[0], weight.inputs, weight.outputs, parts, device.multiprocessors, device.shared_limit]
+    sizes = [
+        x.shape[0], weight.inputs, weight.outputs, parts, device.multiprocessors, device.shared_limit, weight.dense,
+    ]  # fmt: skip
     names = (epilogue, DTYPES[x.dtype], weight.kind)
     needed = kernels().skinny_linear_workspace(sizes, norm_weight is not None or branch is not None, *names)
     workspace = torch.empty(needed, dtype=torch.uint8, device=x.device)

@@ -70,15 +70,14 @@ class GraphEngine:
         self._steps: dict[DrawSettings | int, _Feed | _Draw] = {}
         self._x: Tensor | None = None  # [B, d]: what a step that draws starts from
         self._ahead: Tensor | None = None  # the tokens whose embedding stands there, if any
-        # Graphs are replayed one after another, and what each returns stays alive: scratch may be common to all.
-        self.pool = torch.cuda.graph_pool_handle() if self.capture else None
+        self._forget()
 
     @torch.inference_mode()
     def prefill(self, text: Tensor, candidates: int) -> Tensor:
         weight, self._ahead = self.model.image_embedding.weight, None
         if self.cache is None or (self.cache.prompts, self.cache.batch) != (len(text), len(text) * candidates):
             self.cache = None  # before the new one is allocated: both might not fit
-            self._steps.clear()
+            self._forget()
             self.cache = Cache(
                 self.config, len(text), candidates, chunk=self.chunk, dtype=weight.dtype, fp8_tails=self.fp8_tails,
                 device=weight.device,
@@ -100,7 +99,7 @@ class GraphEngine:
 
     @torch.inference_mode()
     def fork(self, candidates: int) -> None:
-        self._steps.clear()  # the tails move
+        self._forget()  # the tails move
         self._ahead = None
         self._cache().fork(candidates)
         self._x = self._inputs()
@@ -156,6 +155,12 @@ class GraphEngine:
         drawn = step.run(candidates, given)
         self._ahead = drawn.tokens
         return drawn
+
+    def _forget(self) -> None:
+        """Drops all graphs. Those to come are replayed one after another, and what each returns stays alive, so that
+        scratch may be common to all; but a pool whose last graph is gone must not be captured into again."""
+        self._steps.clear()
+        self.pool = torch.cuda.graph_pool_handle() if self.capture else None
 
     def _inputs(self) -> Tensor:
         return self.model.image_embedding.weight.new_empty(self._cache().batch, self.config.dim)

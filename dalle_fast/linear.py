@@ -15,6 +15,7 @@ from dalle_fast.backends import Call
 from dalle_fast.cpu_backend import EPILOGUES, PackedLinear
 from dalle_fast.ops import FLOATS
 from dalle_fast.packing import BLOCK, KINDS, TILE, Branch, PackedWeight, record_bytes
+from dalle_fast.packing import FLOATS as FLOATS_BY_NAME
 
 MAX_ROWS = 64  # above, cuBLAS is as fast
 
@@ -63,7 +64,10 @@ def skinny_linear(
             f"got x {list(x.shape)} {x.dtype}, expected [1 to {MAX_ROWS}, {weight.inputs}] of a floating type"
         )
     norm_weight, norm_bias = (None, None) if norm is None else norm
-    tensors = (("weight", weight.data), ("norm weight", norm_weight), ("norm bias", norm_bias), ("residual", residual))
+    tensors = [("weight", weight.data), ("norm weight", norm_weight), ("norm bias", norm_bias), ("residual", residual)]
+    if branch is not None:
+        names = ("branch", "branch norm weight", "branch norm bias", "sum")
+        tensors += zip(names, branch, strict=True)
     for name, y in tensors:
         if y is not None and y.device != x.device:
             raise ValueError(f"got {name} on {y.device}, expected {x.device}")
@@ -71,7 +75,7 @@ def skinny_linear(
     if branch is not None:
         vectors += [("branch norm weight", branch.weight), ("branch norm bias", branch.bias)]
         for name, rows in (("branch", branch.rows), ("sum", branch.sum)):
-            if rows.shape != x.shape or rows.dtype != x.dtype or rows.device != x.device:
+            if rows.shape != x.shape or rows.dtype != x.dtype:
                 raise ValueError(f"got {name} {list(rows.shape)} {rows.dtype}, expected {list(x.shape)} {x.dtype}")
     for name, y in vectors:
         if y is not None and y.shape != (weight.inputs,):
@@ -91,6 +95,13 @@ def skinny_linear(
     return out if parts else out[0]
 
 
+def join(x: Tensor, norm: tuple[Tensor, Tensor], norm_eps: float, branch: Branch | None = None) -> Tensor:
+    """layer_norm(x) of rows [B, K], however many; a branch joins first, as in skinny_linear. Inference only."""
+    module: Any = backends.choose(Call("skinny_linear", x.device.type, x.dtype, 0))
+    y: Tensor = module.join(x, *norm, norm_eps, branch)
+    return y
+
+
 def why_not(weight: PackedWeight, x_dtype: torch.dtype, backend: str) -> str | None:
     """None if a backend multiplies rows of this type by this weight, else the reason."""
     return backends.why_not(backend, Call("skinny_linear", weight.data.device.type, x_dtype, 0))
@@ -102,7 +113,8 @@ def _linear(
     norm_weight: Tensor | None, norm_bias: Tensor | None, branch: Tensor | None, branch_weight: Tensor | None,
     branch_bias: Tensor | None, total: Tensor | None, kind: str, outputs: int, norm_eps: float, epilogue: str, parts: int,
 ) -> Tensor:  # fmt: skip
-    if kind not in KINDS or data.ndim != 4 or data.shape[2:] != (BLOCK // TILE, record_bytes(kind)):
+    dense = data.ndim == 2 and data.dtype == FLOATS_BY_NAME.get(kind)
+    if kind not in KINDS or (not dense and (data.ndim != 4 or data.shape[2:] != (BLOCK // TILE, record_bytes(kind)))):
         raise ValueError(f"got a weight {list(data.shape)} packed as {kind!r}, expected packing.pack's")
     module: Any = backends.choose(Call("skinny_linear", x.device.type, x.dtype, 0))
     weight = PackedWeight(data, scale, bias, counters, kind, x.shape[1], outputs, epilogue == "geglu")

@@ -9,17 +9,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dalle_fast import backends, torch_backend
+from dalle_fast import backends, cuda_backend, torch_backend
 from dalle_fast.backends import Call
 from dalle_fast.config import ModelConfig
-from dalle_fast.linear import MAX_ROWS, skinny_linear
+from dalle_fast.linear import MAX_ROWS, join, skinny_linear
 from dalle_fast.model import Block, DalleModel, open_weights
-from dalle_fast.packing import KINDS, Branch, PackedWeight, pack
+from dalle_fast.packing import FLOATS, KINDS, Branch, PackedWeight, keep, pack
 from dalle_fast.passes import Pass, rotate
 from dalle_fast.quantize import Int4, Int8, Quantized, floats, last_rows, norm_vectors
 
@@ -52,8 +53,10 @@ class PackedModel(DalleModel):
             quantize.Int8 or Int4 already
     kind    how weights are held, one of packing.KINDS; with "int4" the head is int8
     dtype   of activations and cache; None: float16 for kind "float16", else bfloat16
+    dense   16-bit weights stay as they are, shared with `state` where it has them so on the device: cuBLAS multiplies many
+            rows by them, and only a few are left to skinny_linear
 
-    Raises ValueError for another kind, and what the mapping raises.
+    Raises ValueError for another kind, or one that cannot be dense, and what the mapping raises.
     """
 
     def __init__(
@@ -64,6 +67,7 @@ class PackedModel(DalleModel):
         kind: str = "bfloat16",
         dtype: torch.dtype | None = None,
         device: torch.device | str = "cpu",
+        dense: bool = False,
     ) -> None:
         if isinstance(state, DalleModel):
             config, state = state.config, dict(state.state_dict())
@@ -71,23 +75,26 @@ class PackedModel(DalleModel):
             raise ValueError("got weights without a config, expected a ModelConfig beside them")
         if kind not in KINDS:
             raise ValueError(f"got kind {kind!r}, expected one of {', '.join(KINDS)}")
+        if dense and kind not in FLOATS:
+            raise ValueError(f"got dense {kind} weights, expected {' or '.join(FLOATS)}")
         dtype = dtype or _activations(kind)
+        hold = Holder(kind, dense, device)
         with torch.device("meta"):
             super().__init__(config)
         for block in self.blocks:
             for name in LINEAR:
                 delattr(block, name)
         del self.head
-        kept = {name: floats(state[name]).to(device, dtype) for name in self.state_dict() if name != "rotary"}
+        kept = {name: _float(state[name]).to(device, dtype) for name in self.state_dict() if name != "rotary"}
         self.load_state_dict(kept, strict=False, assign=True)
         if self.rotary is not None:
             self.rotary = floats(state["rotary"]).to(device)
         self.requires_grad_(False).eval()
-        self.layers = [PackedLayer(block, state, kind, device) for block in self.blocks if isinstance(block, Block)]
+        self.layers = [PackedLayer(block, state, hold) for block in self.blocks if isinstance(block, Block)]
         last = norm_vectors(state, f"final_norms.{config.final_norms - 1}.")
         head = last_rows(state["head.weight"], config.image_vocab)
         bias = floats(state["head.bias"])[config.text_logits :]
-        packed = pack(_on(head, device), bias, kind="int8" if kind == "int4" else kind)
+        packed = hold._replace(kind="int8")(head, bias) if kind == "int4" else hold(head, bias)
         self.packed_head = PackedLinear(packed, _pair(last, device), config.norm_eps)
 
     @classmethod
@@ -111,7 +118,7 @@ class PackedModel(DalleModel):
             for layer in self.layers:
                 x, waiting = layer.sandwich(x, waiting, run)
             assert waiting is not None
-            return self.finish(x + F.layer_norm(waiting[0], x.shape[-1:], *waiting[1], self.config.norm_eps))
+            return self.finish(x + layer_norm(*waiting, self.config.norm_eps))
         for layer in self.layers:
             x = layer.attention(x, x, run)
             x = layer.mlp(x, x, run)
@@ -131,6 +138,20 @@ class PackedModel(DalleModel):
         return sum(linear.weight.nbytes() for linear in [*linears, self.packed_head])
 
 
+class Holder(NamedTuple):
+    """How weights are held."""
+
+    kind: str
+    dense: bool
+    device: torch.device | str
+
+    def __call__(self, weight: Tensor | Quantized, bias: Tensor | None, **options: Any) -> PackedWeight:
+        weight = _on(weight, self.device)
+        if self.dense:
+            return keep(_float(weight).to(FLOATS[self.kind]), bias, **options)
+        return pack(weight, bias, kind=self.kind, **options)
+
+
 class PackedLinear:
     """epilogue(norm(x) Wᵀ + b) (+ residual) over the last dimension of x, for any number of rows."""
 
@@ -138,6 +159,9 @@ class PackedLinear:
         self, weight: PackedWeight, norm: Norm | None = None, norm_eps: float = 1e-5, epilogue: str = "none"
     ) -> None:
         self.weight, self.norm, self.norm_eps, self.epilogue = weight, norm, norm_eps, epilogue
+        if weight.dense:
+            self.few = cuda_backend.few_rows(weight.inputs, weight.data.device)
+            self.bias = None if weight.bias is None else weight.bias.to(weight.data.dtype)  # as cuBLAS wants it
 
     def __call__(self, x: Tensor, residual: Tensor | None = None, parts: int | None = None) -> Tensor:
         """[..., K] -> [..., O]; with parts -> [parts, rows, O / parts]."""
@@ -154,8 +178,26 @@ class PackedLinear:
         y = self._rows(rows, None, parts, Branch(waiting[0].reshape(rows.shape), *waiting[1], total))
         return total.view(x.shape), y if parts else y[0].view(*x.shape[:-1], -1)
 
+    def _many(self, x: Tensor, residual: Tensor | None, parts: int, branch: Branch | None) -> Tensor:
+        """_rows by cuBLAS, of a dense weight."""
+        if self.norm is not None:
+            x = join(x, self.norm, self.norm_eps, branch)
+        scale = self.weight.scale
+        y = F.linear(x, self.weight.data, self.bias if scale is None else None)
+        if scale is not None:
+            y = y * scale.to(y.dtype) if self.bias is None else torch.addcmul(self.bias, y, scale.to(y.dtype))
+        if self.epilogue == "geglu":
+            value, gate = y.chunk(2, dim=-1)
+            y = value * F.gelu(gate)
+        elif self.epilogue != "none":
+            y = F.gelu(y, approximate="tanh" if self.epilogue == "gelu_tanh" else "none")
+        y = y if residual is None else residual + y
+        return y.view(len(y), parts, -1).transpose(0, 1)
+
     def _rows(self, x: Tensor, residual: Tensor | None, parts: int | None, branch: Branch | None) -> Tensor:
         """[rows, K] -> [parts, rows, O / parts]."""
+        if self.weight.dense and len(x) > self.few and x.dtype == self.weight.data.dtype:
+            return self._many(x, residual, parts or 1, branch)
         if len(x) > MAX_SKINNY_ROWS:
             weight, bias = self.norm or (None, None)
             return torch_backend.skinny_linear(
@@ -176,7 +218,7 @@ class PackedLinear:
 class PackedLayer:
     """model.Block with packed weights; the residual is added inside."""
 
-    def __init__(self, block: Block, state: State, kind: str, device: torch.device | str) -> None:
+    def __init__(self, block: Block, state: State, hold: Holder) -> None:
         self.block, self.config = block, block.config
         config, prefix = block.config, f"blocks.{block.index}."
 
@@ -187,12 +229,10 @@ class PackedLayer:
             # A sandwich norm stands between the product and LayerScale, which then scales the norm's vectors.
             scaled = last and config.layer_scale and not config.sandwich_norm
             scale = floats(state[f"{prefix}{branch}_scale"]) if scaled else None
-            packed = pack(
-                _on(state[f"{prefix}{name}.weight"], device), bias, kind=kind, geglu=gated, output_scale=scale
-            )
+            packed = hold(state[f"{prefix}{name}.weight"], bias, geglu=gated, output_scale=scale)
             norm = norm_vectors(state, f"{prefix}{branch}_norm.") if first and not config.token_shift else None
             return PackedLinear(
-                packed, _pair(norm, device), config.norm_eps, config.activation if name == "up" else "none"
+                packed, _pair(norm, hold.device), config.norm_eps, config.activation if name == "up" else "none"
             )
 
         def norm_out(branch: str) -> Norm | None:
@@ -200,8 +240,7 @@ class PackedLayer:
                 return None
             weight, bias = norm_vectors(state, f"{prefix}{branch}_norm_out.")
             scale = floats(state[f"{prefix}{branch}_scale"]) if config.layer_scale else torch.ones(())
-            dtype = block.attention_norm.weight.dtype
-            return (weight * scale).to(device, dtype), (bias * scale).to(device, dtype)
+            return _pair((weight * scale, bias * scale), hold.device)
 
         self.qkv, self.out = linear("qkv", "attention"), linear("out", "attention")
         self.up, self.down = linear("up", "mlp"), linear("down", "mlp")
@@ -235,8 +274,11 @@ class PackedLayer:
     def _add(self, last: PackedLinear, h: Tensor, residual: Tensor, norm_out: Norm | None) -> Tensor:
         if norm_out is None:
             return last(h, residual)
-        h = last(h)
-        return residual + F.layer_norm(h, h.shape[-1:], *norm_out, self.config.norm_eps)
+        return residual + layer_norm(last(h), norm_out, self.config.norm_eps)
+
+
+def _float(x: Tensor | Quantized) -> Tensor:
+    return x if isinstance(x, Tensor) else x.dequantize()
 
 
 def _on(weight: Tensor | Quantized, device: torch.device | str) -> Tensor | Quantized:
@@ -247,5 +289,10 @@ def _on(weight: Tensor | Quantized, device: torch.device | str) -> Tensor | Quan
     return weight.to(device)
 
 
+def layer_norm(x: Tensor, norm: Norm, eps: float) -> Tensor:
+    return F.layer_norm(x.float(), x.shape[-1:], *norm, eps).to(x.dtype)
+
+
 def _pair(norm: Norm | None, device: torch.device | str) -> Norm | None:
-    return None if norm is None else (norm[0].to(device), norm[1].to(device))
+    """In float32, as the kernels read them: a cast would be a launch of its own in every step."""
+    return None if norm is None else (norm[0].to(device, torch.float32), norm[1].to(device, torch.float32))

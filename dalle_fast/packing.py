@@ -33,7 +33,8 @@ FLOATS = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 class PackedWeight:
     """A linear layer of `inputs` inputs and `outputs` outputs.
 
-    data      uint8 [blocks, stages, 8, record], see above; what is beyond the real inputs and outputs is zero
+    data      uint8 [blocks, stages, 8, record], see above; what is beyond the real inputs and outputs is zero. Or a 16-bit
+              weight as nn.Linear has it, [rows, inputs] (dense): then all else is in its order too
     scale     float32 [blocks * 128] in packed order, or None: multiplies an output's sum before the bias
     bias      float32 [blocks * 128] in packed order, or None
     counters  int32 [blocks * 8], zero between calls: how many parts of a warp's sum are done. Because of them a weight may
@@ -50,19 +51,25 @@ class PackedWeight:
     outputs: int
     geglu: bool
 
+    @property
+    def dense(self) -> bool:
+        return self.data.ndim == 2
+
     def nbytes(self) -> int:
         """Bytes that a call reads."""
         return sum(x.nbytes for x in (self.data, self.scale, self.bias) if x is not None)
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """[rows, inputs]: the weight as multiplied by, rows in the order of nn.Linear (geglu: values, then gates)."""
-        weight = _unpack(self).to(dtype)
+        weight = (self.data if self.dense else _unpack(self)).to(dtype)
         if self.scale is not None:
-            weight *= self.scale.to(dtype)[:, None]
+            weight = weight * self.scale.to(dtype)[:, None]
         return self.rows(weight)[:, : self.inputs]
 
     def rows(self, x: Tensor) -> Tensor:
         """Brings what is in packed order, [blocks * 128, …], into the order of nn.Linear."""
+        if self.dense:
+            return x
         if not self.geglu:
             return x[: self.outputs]
         pairs = x.view(-1, 2, TILE // 2, *x.shape[1:]).transpose(0, 1).flatten(1, 2)  # [2, blocks * 64, …]
@@ -131,6 +138,25 @@ def pack(
         rows // 2 if geglu else rows,
         geglu,
     )
+
+
+def keep(
+    weight: Tensor, bias: Tensor | None = None, *, geglu: bool = False, output_scale: Tensor | None = None
+) -> PackedWeight:
+    """A weight of bfloat16 or float16 as it is, not copied, so that cuBLAS can multiply many rows by it; arguments as pack's.
+
+    Raises ValueError for another type, or inputs that are no multiple of 8, 16 bytes.
+    """
+    kind = str(weight.dtype).removeprefix("torch.")
+    if kind not in FLOATS or weight.ndim != 2 or weight.shape[1] % 8:
+        raise ValueError(f"got a weight {list(weight.shape)} {kind}, expected [O, K] of 16 bits, K a multiple of 8")
+    weight = weight.detach().contiguous()
+    rows, inputs = weight.shape
+    bias, scale = (None if x is None else x.detach().to(weight.device, torch.float32) for x in (bias, output_scale))
+    if bias is not None and scale is not None:
+        bias = bias * scale
+    counters = torch.zeros(0, dtype=torch.int32, device=weight.device)
+    return PackedWeight(weight, scale, bias, counters, kind, inputs, rows // 2 if geglu else rows, geglu)
 
 
 def record_bytes(kind: str) -> int:

@@ -273,6 +273,19 @@ def decode_attention(
 # Linear layers.
 
 
+def join(
+    x: Tensor, norm_weight: Tensor | None, norm_bias: Tensor | None, norm_eps: float, branch: Branch | None
+) -> Tensor:
+    """What skinny_linear multiplies: x, first joined by a branch, then normalised, each if there is one."""
+    if branch is not None:
+        vectors = (branch.weight.to(x.dtype), branch.bias.to(x.dtype))
+        x = branch.sum.copy_(x + F.layer_norm(branch.rows, x.shape[1:], *vectors, norm_eps))
+    if norm_weight is None:
+        return x
+    norm_bias = None if norm_bias is None else norm_bias.to(x.dtype)
+    return F.layer_norm(x, x.shape[1:], norm_weight.to(x.dtype), norm_bias, norm_eps)
+
+
 def skinny_linear(
     x: Tensor,
     weight: PackedWeight,
@@ -285,12 +298,8 @@ def skinny_linear(
     branch: Branch | None = None,
 ) -> Tensor:
     """By the whole weight, in x's type: as slow as unpacking is, and exact about what is packed."""
-    if branch is not None:
-        vectors = (branch.weight.to(x.dtype), branch.bias.to(x.dtype))
-        x = branch.sum.copy_(x + F.layer_norm(branch.rows, x.shape[1:], *vectors, norm_eps))
-    if norm_weight is not None:
-        norm_bias = None if norm_bias is None else norm_bias.to(x.dtype)
-        x = F.layer_norm(x, x.shape[1:], norm_weight.to(x.dtype), norm_bias, norm_eps)
+    if norm_weight is not None or branch is not None:
+        x = join(x, norm_weight, norm_bias, norm_eps, branch)
     bias = None if weight.bias is None else weight.rows(weight.bias).to(x.dtype)
     y = F.linear(x, weight.dequantize(torch.promote_types(x.dtype, torch.float32)).to(x.dtype), bias)
     if epilogue == "geglu":

@@ -48,8 +48,9 @@ SUFFIX = sysconfig.get_config_var("EXT_SUFFIX")
 available = pytest.mark.skipif(
     COMPILER is None or "clang" in COMPILER or not SOURCES.is_dir(), reason="no g++ or no sources here"
 )
+MACHINES = {"forwards": pytest.mark.emulated, "backwards": pytest.mark.emulated, "gpu": pytest.mark.gpu}
 machines = pytest.mark.parametrize(
-    "machine", ["forwards", "backwards", pytest.param("gpu", marks=pytest.mark.gpu)], indirect=True
+    "machine", [pytest.param(m, marks=mark) for m, mark in MACHINES.items()], indirect=True
 )
 
 

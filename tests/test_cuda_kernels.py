@@ -143,6 +143,38 @@ def test_fp8_tails(machine, rule, head_dim, n, shape, dtype):
             whole[:, :, slots] = wanted.double() * scale.double()[:, None, None]
 
 
+@machines
+@pytest.mark.parametrize("n", [1, 3])
+def test_parts_of_one_projection_are_not_copied(machine, n):
+    """q, k and v [B, H, n, D] as views of [B, n, 3, H, D]."""
+    mask = Mask.parse("row@40+4x4")
+    _, _, _, *rest = (x.cpu() for x in inputs(mask, 1, 5, n, 6, BF16, 64))
+    qkv, position = torch.randn(5, n, 3, 2, 64, dtype=BF16), torch.tensor([6])
+
+    def call(qkv, *others):
+        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
+        assert n == 1 or not q.is_contiguous()
+        assert all(x is y for x, y in zip(cuda_backend.alike(q, k, v), (q, k, v), strict=True))
+        return cuda_backend.decode_attention(q, k, v, *others, str(mask))
+
+    args = (*qkv.permute(2, 0, 3, 1, 4).unbind(0), *rest)
+    wide = [x.double() for x in args]
+    expected = reference.decode_attention(*wide, position, str(mask))
+    plain = plain_step(*(x.clone() for x in args), 6, mask)
+    assert_close(machine(call, qkv, *rest, position), plain, expected)
+    for tail, want in zip(rest[2:], wide[5:], strict=True):
+        assert torch.equal(tail.double().nan_to_num(7e7), want.nan_to_num(7e7))
+
+
+def test_parts_that_cannot_be_read_as_they_are():
+    q, _, v = torch.randn(3, 5, 2, 1, 64, dtype=BF16).unbind(0)
+    for odd in (
+        torch.randn(5, 1, 2, 64, dtype=BF16).transpose(1, 2),
+        torch.randn(5 * 128 + 1, dtype=BF16)[1:].view_as(q),
+    ):
+        assert all(x.is_contiguous() and x.data_ptr() % 16 == 0 for x in cuda_backend.alike(q, odd, v))
+
+
 # sample
 
 
@@ -243,8 +275,11 @@ def test_why_not():
 
 
 def test_how_work_is_shared_out():
-    """On the 132 multiprocessors of an H100, with 62 heads and a prefix of 256."""
-    assert cuda_backend.share_out(132, 1, 62, 1, 256) == Shape(16, 4)
-    assert cuda_backend.share_out(132, 1, 62, 64, 256) == Shape(16, 1)
-    assert cuda_backend.share_out(132, 1, 62, 512, 256) == Shape(64, 1)
-    assert cuda_backend.share_out(132, 8, 16, 1, 20) == Shape(16, 1)
+    """On the 132 multiprocessors of an H100: 62 heads of 64, 16 of 128."""
+    assert cuda_backend.share_out(132, 1, 62, 1, 64) == Shape(16, 4)
+    assert cuda_backend.share_out(132, 1, 62, 32, 64) == Shape(16, 1)
+    assert cuda_backend.share_out(132, 1, 62, 64, 64) == Shape(16, 1)
+    assert cuda_backend.share_out(132, 1, 62, 512, 64) == Shape(64, 1)
+    assert cuda_backend.share_out(132, 1, 16, 32, 128) == Shape(16, 4)
+    assert cuda_backend.share_out(132, 1, 16, 64, 128) == Shape(16, 1)
+    assert cuda_backend.share_out(132, 8, 16, 1, 128) == Shape(16, 1)

@@ -41,12 +41,13 @@ def decode(engine, text, tokens, prompts=2):
     return torch.stack([*logits, *(engine.step(t).clone() for t in tokens[:, half:].unbind(1))])
 
 
+@pytest.mark.parametrize("dense", [False, True])
 @pytest.mark.parametrize("name", MODELS)
-def test_the_graph_engine_draws_the_same(name):
+def test_the_graph_engine_draws_the_same(name, dense):
     """A float32 model of bfloat16 weights: what is packed is exact, and so is everything that was fused."""
     model = random_model(**MODELS[name])
     config = model.config
-    packed = PackedModel(model, kind="bfloat16", dtype=torch.float32)
+    packed = PackedModel(model, kind="bfloat16", dtype=torch.float32, dense=dense)
     text, tokens = torch.randint(1, 60, (2, config.caption_len)), torch.randint(config.image_vocab, (6, 15))
     expected = decode(TorchEngine(model, chunk=4), text, tokens)
     got = decode(GraphEngine(packed, chunk=4, capture=False), text, tokens)

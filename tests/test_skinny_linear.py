@@ -160,7 +160,7 @@ def test_one_door_for_both_packings():
 @pytest.mark.parametrize("backend", ["torch", "reference"])
 def test_a_branch_joins_first(backend):
     x, packed, arguments = problem(5, 84, 70, "int8", "gelu_tanh", norm=True, dtype=torch.float64)
-    rows, vectors = torch.randn_like(x), (torch.randn(70), torch.randn(70))
+    rows, vectors = torch.randn_like(x), (torch.randn(70, device=x.device), torch.randn(70, device=x.device))
     total = torch.empty_like(x)
     with backends.use(backend):
         got = skinny_linear(x, packed, branch=Branch(rows, *vectors, total), **arguments)

@@ -210,7 +210,11 @@ void store(T* p, std::common_type_t<T> value) {
   cuda_on_cpu::check_global(p, sizeof(T));
   *p = value;
 }
-inline void prefetch_to_l2(const void*) {}
+inline void prefetch_to_l2(const void* p, int bytes) {
+  if (bytes <= 0 || bytes % 16 || reinterpret_cast<uintptr_t>(p) % 16) cuda_on_cpu::fail("prefetch_to_l2 of no 16 bytes");
+  for (const int i : {0, bytes - 1}) cuda_on_cpu::check_global(static_cast<const char*>(p) + i, 1);
+}
+inline void fence() {}
 inline void wait_for_previous_kernel() {}
 inline void start_next_kernel() {}
 
