@@ -5,7 +5,8 @@
 // A block takes one head and Rows rows of one prompt, a row being one query of one candidate, so that the prefix is read once
 // for all of them and multiplied by tensor cores with the rows as M (Juravsky et al. 2024, arXiv 2402.05099). The tails differ
 // by row: each warp copies those of its rows, a chunk of keys at a time, into its own ring in shared memory, starting before
-// the prefix is multiplied. Prefix and tail give (top, total, sum) each, joined as online softmax joins blocks of keys.
+// the prefix is multiplied, and multiplies them by tensor cores too, its one row filling up all 16 of a product: arithmetic is
+// plenty, and instructions are few. Prefix and tail give (top, total, sum) each, joined as online softmax joins blocks of keys.
 // Keys of the cells being appended come from the input, never from the tail, so no block waits for another's write; a ring of
 // reach + n slots guarantees that no write hits a slot still read. Few rows: Splits blocks share prefix and tail out, and the
 // last one to arrive joins what they left in memory. Tails may hold e4m3 codes, a value being code x scale of its head.

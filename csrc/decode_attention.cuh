@@ -155,7 +155,7 @@ struct Kernel {
   static __device__ __forceinline__ void copy_codes(shared<T> row, int part, const void* from, int64_t at, bool exists) {
     cp_async<8>(shared_cast<unsigned char>(row) + part, static_cast<const unsigned char*>(from) + at, exists ? 8 : 0);
   }
-  // Copies one chunk, zeros where it has no more keys; neighbours hold cell | slot << 16, `near` those of the only cell. The
+  // Copies one chunk, zeros where it has no more keys; neighbours hold cell | slot << 16, `near` is the list of them. The
   // first chunk of a row brings its query. Codes take the first half of a row of the slot; keys and values that are no codes lie
   // as those of the prefix do.
   static __device__ __forceinline__ void copy_tail(const CudaDecodeParams& c, const Cursor& at, int first,

@@ -18,7 +18,8 @@ from dalle_fast.masks import Mask
 from dalle_fast.packing import Branch, PackedWeight
 
 DTYPES = {torch.bfloat16: "bfloat16", torch.float16: "float16", torch.float32: "float32"}
-HEAD_DIMS = (64, 128)
+DECODES = ("decode_attention", "decode_attention_fp8")
+HEAD_DIMS = {64: 104, 128: 140}  # of decode_attention: KiB of shared memory, as csrc/decode_attention.cuh counts it
 MAX_VOCAB = 32768  # a thread block holds a row of logits in shared memory
 SPARE = 1 << 18  # counters set aside for CUDA graphs, 1 MiB
 
@@ -49,7 +50,12 @@ def why_not(call: Call) -> str | None:
         return "there is no CUDA device, or no driver for it"
     if (capability := torch.cuda.get_device_capability()) < (8, 0):
         return f"it needs compute capability 8.0, got {'.'.join(map(str, capability))}"
-    return unsupported(call)
+    if reason := unsupported(call):
+        return reason
+    limit = describe(torch.device("cuda", torch.cuda.current_device())).shared_limit >> 10
+    if call.op in DECODES and limit < (needed := HEAD_DIMS[call.head_dim]):
+        return f"it needs {needed} KiB of shared memory a thread block for a head dim of {call.head_dim}, got {limit}"
+    return None
 
 
 def unsupported(call: Call) -> str | None:
@@ -58,7 +64,7 @@ def unsupported(call: Call) -> str | None:
     if call.dtype not in types:
         names = " and ".join(DTYPES[dtype] for dtype in types)
         return f"it computes in {names}, got {str(call.dtype).removeprefix('torch.')}"
-    if call.op in ("decode_attention", "decode_attention_fp8") and call.head_dim not in HEAD_DIMS:
+    if call.op in DECODES and call.head_dim not in HEAD_DIMS:
         return f"it needs a head dim of {' or '.join(map(str, HEAD_DIMS))}, got {call.head_dim}"
     return None
 
@@ -147,11 +153,10 @@ class Shape(NamedTuple):
 
 def share_out(multiprocessors: int, prompts: int, heads: int, queries: int, dim: int) -> Shape:
     """queries: of all candidates of a prompt. Large tiles read the prefix less often, but only if they are enough for all
-    multiprocessors; where even small ones leave room for four times as many, four thread blocks share a prefix (measured on an
-    H100: two are no faster than one)."""
+    multiprocessors; of very few queries four thread blocks share a prefix, if there is room. (Measured on an H100.)"""
     rows = 64 if queries > 32 and prompts * heads * -(-queries // 64) >= multiprocessors else 16
-    programs, room = prompts * heads * -(-queries // rows), multiprocessors * (2 if dim == 64 else 1)
-    return Shape(rows, 4 if rows == 16 and 4 * programs <= room else 1)
+    room = multiprocessors * (2 if dim == 64 else 1)
+    return Shape(rows, 4 if queries < 8 and 4 * prompts * heads <= room else 1)
 
 
 def decode_attention(

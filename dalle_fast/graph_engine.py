@@ -20,6 +20,7 @@ from dalle_fast.cache import Cache
 from dalle_fast.engine import Drawn, check_draw, check_fed
 from dalle_fast.logits import at_least_float32
 from dalle_fast.model import DalleModel
+from dalle_fast.packed_model import fused
 from dalle_fast.planning import plan_memory
 
 log = logging.getLogger(__name__)
@@ -34,7 +35,8 @@ MAX_GRAPHS = (
 class GraphEngine:
     """Decodes prompts x candidates sequences (engine.Engine says what each method does).
 
-    model    on a CUDA device; on a CPU with capture=False, which runs the same step function without a graph
+    model    on a CUDA device; on a CPU with capture=False, which runs the same step function without a graph. On a GPU its
+             steps are those of packed_model.fused(model)
     chunk    known tokens fed at a time; each costs a slot in every ring
     backend  who computes the ops; "auto" chooses for each
     free     says how many bytes of memory are free; None: asks the device
@@ -63,6 +65,7 @@ class GraphEngine:
         if not 1 <= chunk <= model.config.cells:
             raise ValueError(f"got chunk={chunk}, expected 1 to {model.config.cells}")
         self.model, self.config = model, model.config
+        self.stepper = fused(model, backend)
         self.chunk, self.backend, self.fp8_tails = chunk, backend, fp8_tails
         self.capture = on_gpu if capture is None else capture
         self.cache: Cache | None = None
@@ -255,7 +258,7 @@ class _Feed(_Recorded[Tensor]):
         return self.replay()
 
     def work(self) -> Tensor:
-        return at_least_float32(self.engine.model.step(self.tokens, self.cache))
+        return at_least_float32(self.engine.stepper.step(self.tokens, self.cache))
 
 
 class _Draw(_Recorded[Drawn]):
@@ -279,7 +282,7 @@ class _Draw(_Recorded[Drawn]):
         return self.replay()
 
     def work(self) -> Drawn:
-        model = self.engine.model
+        model = self.engine.stepper
         logits = model.advance(self.x[:, None], self.cache)
         tokens, log_p = ops.draw(
             logits, self.candidates, self.given, self.cache.position, model.config.first_cell, self.x,

@@ -32,7 +32,7 @@ TABLE: dict[tuple[str, str, int], Tile] = {
     ("sm_80", "decode_attention", 128): Tile(16, 64, 8, 2, 4),
     ("sm_80", "sample", 0): Tile(0, 0, 16, 1),
     ("sm_90", "sparse_attention", 64): Tile(64, 64, 4, 1),
-    ("sm_90", "sparse_attention", 128): Tile(64, 64, 4, 1),
+    ("sm_90", "sparse_attention", 128): Tile(64, 32, 4, 1),
     ("sm_90", "sparse_attention_backward", 64): Tile(64, 64, 4, 1),
     ("sm_90", "sparse_attention_backward", 128): Tile(64, 32, 4, 1),
     ("sm_90", "decode_attention", 64): Tile(16, 64, 8, 2, 8),

@@ -274,12 +274,26 @@ def test_why_not():
     assert "got tensors on cpu" in str(cuda_backend.why_not(Call("sample", "cpu", torch.float32, 0)))
 
 
+@pytest.mark.parametrize(("limit", "dims"), [(99, []), (163, [64, 128]), (110, [64])])
+def test_what_a_thread_block_needs(monkeypatch, limit, dims):
+    """Of shared memory: devices that have little leave decode_attention to the next backend."""
+    monkeypatch.setattr(cuda_backend, "kernels_why_not", lambda: None)
+    monkeypatch.setattr(cuda_backend, "describe", lambda device: cuda_backend.Device(128, True, limit << 10))
+    for name, value in (("is_available", True), ("get_device_capability", (8, 9)), ("current_device", 0)):
+        monkeypatch.setattr(torch.cuda, name, lambda value=value: value)
+    reasons = {dim: cuda_backend.why_not(Call("decode_attention", "cuda", BF16, dim)) for dim in (64, 128)}
+    assert [dim for dim, reason in reasons.items() if reason is None] == dims
+    if limit == 99:
+        assert reasons[128] == "it needs 140 KiB of shared memory a thread block for a head dim of 128, got 99"
+    assert cuda_backend.why_not(Call("sample", "cuda", BF16, 0)) is None
+
+
 def test_how_work_is_shared_out():
     """On the 132 multiprocessors of an H100: 62 heads of 64, 16 of 128."""
     assert cuda_backend.share_out(132, 1, 62, 1, 64) == Shape(16, 4)
-    assert cuda_backend.share_out(132, 1, 62, 32, 64) == Shape(16, 1)
+    assert cuda_backend.share_out(132, 1, 62, 8, 64) == Shape(16, 1)
     assert cuda_backend.share_out(132, 1, 62, 64, 64) == Shape(16, 1)
     assert cuda_backend.share_out(132, 1, 62, 512, 64) == Shape(64, 1)
-    assert cuda_backend.share_out(132, 1, 16, 32, 128) == Shape(16, 4)
+    assert cuda_backend.share_out(132, 1, 16, 1, 128) == Shape(16, 4)
     assert cuda_backend.share_out(132, 1, 16, 64, 128) == Shape(16, 1)
     assert cuda_backend.share_out(132, 8, 16, 1, 128) == Shape(16, 1)

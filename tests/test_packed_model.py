@@ -145,6 +145,35 @@ def test_many_rows_are_multiplied_in_parts_or_densely():
         assert torch.allclose(got, expected, atol=1e-4), rows
 
 
+def test_a_16_bit_model_is_fused_on_a_gpu(monkeypatch):
+    """Its weights are not copied; a few rows go to skinny_linear, many to cuBLAS; what it can't serve stays as it is."""
+    model = random_model(activation="geglu", layer_scale=True).bfloat16()
+    assert packed_model.fused(model) is model  # on a CPU
+    monkeypatch.setattr(packed_model, "why_not", lambda kind, device, backend: None)
+    fused = packed_model.fused(model)
+    assert isinstance(fused, PackedModel) and packed_model.fused(fused) is fused
+    pairs = [
+        (fused.layers[1].up.weight.data, model.blocks[1].up.weight),
+        (fused.packed_head.weight.data, model.head.weight),
+    ]
+    pairs.append((fused.image_embedding.weight, model.image_embedding.weight))
+    assert all(ours.untyped_storage().data_ptr() == theirs.untyped_storage().data_ptr() for ours, theirs in pairs)
+    for odd in (random_model(dim=40, heads=3, head_dim=12).bfloat16(), random_model()):
+        assert packed_model.fused(odd) is odd
+    text, tokens = torch.randint(1, 60, (2, 16)), torch.randint(32, (6, 10))
+    wide = DalleModel(model.config).requires_grad_(False).eval()
+    wide.load_state_dict({k: v.float() for k, v in model.state_dict().items()})
+    exact = decode(TorchEngine(wide), text, tokens)
+    errors = []
+    for few in (8, 2):  # of 6 rows a step, and 24 where they are fed by fours
+        for linear in (*(getattr(x, n) for x in fused.layers for n in packed_model.LINEAR), fused.packed_head):
+            linear.few = few
+        engine = GraphEngine(fused, chunk=4, capture=False)
+        errors.append((decode(engine, text, tokens) - exact).abs().mean())
+    errors.append((decode(TorchEngine(model, chunk=4), text, tokens) - exact).abs().mean())
+    assert max(errors[:2]) < 2 * errors[2]
+
+
 def test_load_and_size(tmp_path):
     model = random_model(dim=256, heads=4, head_dim=64)
     model.save(tmp_path)
@@ -163,6 +192,8 @@ def test_refusals():
     model = random_model()
     with pytest.raises(ValueError, match="got kind 'fp8', expected one of bfloat16"):
         PackedModel(model, kind="fp8")
+    with pytest.raises(ValueError, match="got dense int8 weights, expected bfloat16 or float16"):
+        PackedModel(model, kind="int8", dense=True)
     with pytest.raises(ValueError, match="ModelConfig"):
         PackedModel(model.state_dict())
     with pytest.raises(NotImplementedError, match="no text head"):
