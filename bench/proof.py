@@ -21,6 +21,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -58,16 +59,18 @@ def steps(folder: Path) -> list[Step]:
     """In order; what is left of the time after build, tests and sanitizer belongs to the measurements."""
     python, quiet = sys.executable, ["-q", "-p", "no:cacheprovider"]
     install = ["-m", "pip", "install", "-q", "--no-build-isolation", "--no-deps", "--no-index", "-e", "."]
-    gpu_tests = [python, "-m", "pytest", *gpu_test_files(), "-m", "not emulated", *quiet]
+    parallel = ["-n", str(min(8, os.cpu_count() or 1))] if find_spec("xdist") else []
+    pytest = [python, "-m", "pytest", *parallel, *quiet]
+    captured = [*pytest, *gpu_test_files(), "-m", "gpu"]
     one_allocation_each = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}  # else an access beyond one hits the next
     results = str(folder / "results.json")
     return [
         Step("build", [python, *install], 0.5),
         Step("machine", [python, "-m", "dalle_fast.env"], 0.1),
-        Step("tests", [*gpu_tests, "--maxfail", "20"], 0.3, no_tests=True),
+        Step("tests", [*pytest, *gpu_test_files(), "-m", "not emulated", "--maxfail", "20"], 0.3, no_tests=True),
         *(
             Step(
-                tool, ["compute-sanitizer", "--tool", tool, "--error-exitcode", "1", *gpu_tests], 0.12,
+                tool, ["compute-sanitizer", "--tool", tool, "--error-exitcode", "1", *captured], 0.12,
                 "compute-sanitizer", environment=one_allocation_each, no_tests=True,
             )
             for tool in ("memcheck", "racecheck")

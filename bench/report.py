@@ -262,7 +262,8 @@ def main(arguments: list[str] | None = None) -> int:
     if args.docs or args.out:
         from bench.plots import draw
 
-        written = draw(joined(results)[-1], PLOTS if args.docs else args.out)
+        most = max(joined(results), key=lambda data: len([r for r in data["cases"].values() if "by_position" in r]))
+        written = draw(most, PLOTS if args.docs else args.out)
     if args.out:
         pictures = "\n".join(f"![{path.stem}]({path.name})" for path in written if path.suffix == ".png")
         (args.out / "report.md").write_text(f"# Benchmark results\n\n{tables(results)}\n{pictures}\n")

@@ -1,8 +1,9 @@
 """Tile sizes, a literal table: (architecture, op, head dim) -> tile.
 
-No entry has been measured yet: they are predictions from register and shared-memory budgets, and every one is compiled
-ahead of time in the tests, where a spilled register or a tile that does not fit fails. `microseconds` will hold the time
-of the case named in `bench/` once a device has run it.
+Entries with `microseconds` are the fastest of those tried on an H100 (bench/results): of sparse_attention a row layer at batch
+8 of the 12B or 1.3B preset, of its backward pass likewise. There one stage was three times as fast as two or three: rows
+gathered through a table are pipelined at a loss. All others are predictions from that and from register and shared-memory
+budgets. Every one is compiled ahead of time in the tests, where a spilled register or a tile that does not fit fails.
 """
 
 from __future__ import annotations
@@ -31,10 +32,10 @@ TABLE: dict[tuple[str, str, int], Tile] = {
     ("sm_80", "decode_attention", 64): Tile(16, 64, 8, 2, 8),
     ("sm_80", "decode_attention", 128): Tile(16, 64, 8, 2, 4),
     ("sm_80", "sample", 0): Tile(0, 0, 16, 1),
-    ("sm_90", "sparse_attention", 64): Tile(64, 64, 4, 1),
-    ("sm_90", "sparse_attention", 128): Tile(64, 32, 4, 1),
-    ("sm_90", "sparse_attention_backward", 64): Tile(64, 64, 4, 1),
-    ("sm_90", "sparse_attention_backward", 128): Tile(64, 32, 4, 1),
+    ("sm_90", "sparse_attention", 64): Tile(64, 64, 4, 1, microseconds=249.0),
+    ("sm_90", "sparse_attention", 128): Tile(64, 32, 4, 1, microseconds=95.8),
+    ("sm_90", "sparse_attention_backward", 64): Tile(64, 64, 4, 1, microseconds=823.8),
+    ("sm_90", "sparse_attention_backward", 128): Tile(64, 32, 4, 1, microseconds=391.7),
     ("sm_90", "decode_attention", 64): Tile(16, 64, 8, 2, 8),
     ("sm_90", "decode_attention", 128): Tile(16, 64, 8, 2, 4),
     ("sm_90", "sample", 0): Tile(0, 0, 8, 1),

@@ -117,7 +117,8 @@ def test_the_real_steps(tmp_path: Path) -> None:
     steps = {step.name: step for step in proof.steps(tmp_path)}
     assert list(steps) == ["build", "machine", "tests", "memcheck", "racecheck", "measurements"]
     assert "--no-index" in steps["build"].command and "--no-deps" in steps["build"].command
-    assert "tests/test_graph_engine.py" in steps["tests"].command
+    assert {"tests/test_graph_engine.py", "tests/test_cuda_kernels.py"} <= set(steps["tests"].command)
+    assert "not emulated" in steps["tests"].command and steps["racecheck"].command[-2:] == ["-m", "gpu"]
     assert "{minutes}" in steps["measurements"].command and steps["measurements"].results
     # The last one as far as it goes without measuring: pytest knows its options, and has no test of that name.
     command = [part.replace("{minutes}", "0.5") for part in steps["measurements"].command]

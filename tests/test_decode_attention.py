@@ -35,7 +35,7 @@ def plain_step(q, k, v, prefix_k, prefix_v, tail_k, tail_v, first, mask):
         for out in outs:
             d, key = (torch.randperm(count, generator=shuffle) for count in (q.shape[3], keys.shape[2]))
             one = (q[:, :, i : i + 1][..., d], keys[:, :, key][..., d], values[:, :, key])
-            out[:, :, i] = plain_attention(*one, torch.ones(1, dtype=torch.bool))[:, :, 0]
+            out[:, :, i] = plain_attention(*one, torch.ones(1, dtype=torch.bool, device=q.device))[:, :, 0]
     return outs
 
 
@@ -58,7 +58,7 @@ def check(backend, mask, prompts, group, n, first, dtype, head_dim=32):
     args = inputs(mask, prompts, group, n, first, dtype, head_dim)
     wide = [x.double().cpu() for x in args]
     expected = reference.decode_attention(*wide, torch.tensor([first]), str(mask))
-    plain = plain_step(*(x.cpu().clone() for x in args), first, mask)
+    plain = [out.cpu() for out in plain_step(*(x.clone() for x in args), first, mask)]
     with backends.use(backend), canaries(*args) as inside:
         got = ops.decode_attention(*inside, torch.tensor([first], device=DEVICE), mask)
         assert_close(got.cpu(), plain, expected)
