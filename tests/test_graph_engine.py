@@ -40,6 +40,23 @@ def test_logits_are_the_plain_engines(capture, start):
 
 
 @pytest.mark.parametrize("capture", CAPTURE)
+@pytest.mark.parametrize("sandwich", [False, True])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_16_bit_models_are_as_exact_as_plain_ones(capture, sandwich, dtype):
+    """On a GPU a step is then of fused layers, by few rows and, where cells are fed in chunks, by many."""
+    model = model_of(dim=128, heads=2, head_dim=64, sandwich_norm=sandwich).to(dtype)
+    wide = model_of(dim=128, heads=2, head_dim=64, sandwich_norm=sandwich)
+    wide.load_state_dict({name: value.float() for name, value in model.state_dict().items()})
+    text, tokens = torch.randint(64, (2, 16)), torch.randint(32, (6, 15), device=DEVICE)
+    results = []
+    for engine in (TorchEngine(wide, chunk=4), TorchEngine(model, chunk=4), GraphEngine(model, chunk=4, capture=capture)):
+        logits = [engine.prefill(text, 3).clone(), engine.feed(tokens[:, :8]).clone()]
+        results.append(torch.stack([*logits, *(engine.step(tokens[:, j]).clone() for j in range(8, 15))]))
+    exact, plain, graph = results
+    assert (graph - exact).abs().mean() < 1.5 * (plain - exact).abs().mean()
+
+
+@pytest.mark.parametrize("capture", CAPTURE)
 @pytest.mark.parametrize("start", STARTS)
 @pytest.mark.parametrize("guidance_scale", [1.0, 2.5])
 def test_drawing_inside_the_step(capture, start, guidance_scale):

@@ -6,6 +6,7 @@ the current one are read. Same model, same weights, same logits.
 
 from __future__ import annotations
 
+from copy import copy
 from typing import Any
 
 import torch
@@ -110,7 +111,8 @@ class CompiledStepper(DenseStepper):
         self.position = torch.zeros(1, dtype=torch.int64, device=tokens.device)
         self.token = self.tokens[:, :1].clone()
         self.layer = torch.compile(_layer, fullgraph=True, dynamic=False)
-        for block in model.blocks:
+        self.blocks = [copy(block) for block in model.blocks]  # the parameters are the model's own
+        for block in self.blocks:
             block.index = 0  # equal in all layers: compiled once
         self.graph: Any = None
 
@@ -132,7 +134,7 @@ class CompiledStepper(DenseStepper):
     def _run(self) -> Tensor:
         model, config = self.engine.model, self.engine.config
         x = model.embed_image(self.token, self.position - config.layout.text_len - config.first_cell)
-        for block, mask, (keys, values) in zip(model.blocks, self.engine.masks, self.engine.cache, strict=True):
+        for block, mask, (keys, values) in zip(self.blocks, self.engine.masks, self.engine.cache, strict=True):
             x = self.layer(block, x, keys, values, mask, self.position)
         return model.image_logits(x[:, -1]).float()
 
