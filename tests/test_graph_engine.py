@@ -49,7 +49,11 @@ def test_16_bit_models_are_as_exact_as_plain_ones(capture, sandwich, dtype):
     wide.load_state_dict({name: value.float() for name, value in model.state_dict().items()})
     text, tokens = torch.randint(64, (2, 16)), torch.randint(32, (6, 15), device=DEVICE)
     results = []
-    for engine in (TorchEngine(wide, chunk=4), TorchEngine(model, chunk=4), GraphEngine(model, chunk=4, capture=capture)):
+    for engine in (
+        TorchEngine(wide, chunk=4),
+        TorchEngine(model, chunk=4),
+        GraphEngine(model, chunk=4, capture=capture),
+    ):
         logits = [engine.prefill(text, 3).clone(), engine.feed(tokens[:, :8]).clone()]
         results.append(torch.stack([*logits, *(engine.step(tokens[:, j]).clone() for j in range(8, 15))]))
     exact, plain, graph = results

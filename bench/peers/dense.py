@@ -45,7 +45,8 @@ class DenseEngine:
 
     def __init__(self, model: DalleModel, sliced: bool = False) -> None:
         self.model, self.config, self.sliced = model, model.config, sliced
-        unique: dict[Mask, Tensor] = {mask: torch.from_numpy(mask.dense()) for mask in set(model.masks)}
+        device = model.head.weight.device
+        unique: dict[Mask, Tensor] = {mask: torch.from_numpy(mask.dense()).to(device) for mask in set(model.masks)}
         self.masks = [unique[mask] for mask in model.masks]
         self.cache: list[tuple[Tensor, Tensor]] = []
 

@@ -50,6 +50,8 @@ class Dense:
     def __init__(
         self, backend: str, prefix_k: Tensor, prefix_v: Tensor, tail_k: Tensor, tail_v: Tensor, read: Tensor
     ) -> None:
+        if backend == "flash" and tail_k.is_cuda:
+            pytest.skip("flash attention takes no mask")
         batch, text, self.own = tail_k.shape[0], prefix_k.shape[2], prefix_k.shape[2] + int(read[-1])
         self.k, self.v = (
             torch.cat([p.expand(batch, -1, -1, -1), t], dim=2) for p, t in ((prefix_k, tail_k), (prefix_v, tail_v))
