@@ -119,6 +119,8 @@ def cell(record: Record | None, base: Record | None) -> str:
 
 def table(title: str, records: list[Record]) -> str:
     columns = list(dict.fromkeys(r["column"] for r in records))
+    if all(re.fullmatch(r"batch \d+", column) for column in columns):
+        columns.sort(key=lambda column: int(column.split()[1]))
     rows: dict[tuple[str, str], dict[str, Record]] = {}
     for r in records:
         rows.setdefault((r["contender"], r["dtype"]), {})[r["column"]] = r
