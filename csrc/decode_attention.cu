@@ -20,7 +20,7 @@ template <class T, int D, int Rows, bool Fp8>
 __global__ void __launch_bounds__(Kernel<T, D, Rows, Fp8>::kThreads, Kernel<T, D, Rows, Fp8>::kBlocksAtOnce)
     decode_attention_kernel(const __grid_constant__ CudaDecodeParams c) {
   using K = Kernel<T, D, Rows, Fp8>;
-  constexpr int kThreads = K::kThreads;
+  constexpr int kThreads = K::kThreads, kKeys = K::kKeys, kStages = K::kStages;
   const DecodeAttentionParams& p = c.call;
   const typename K::Tile rows(c);
   shared<unsigned char> memory = dynamic_shared();

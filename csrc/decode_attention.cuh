@@ -8,7 +8,6 @@
 namespace dalle_fast {
 namespace {
 
-constexpr int kKeys = 64, kStages = 2;  // of the prefix: keys a stage, stages
 constexpr float kLog2E = 1.4426950408889634f;
 
 template <class T, int D, int Rows, bool Fp8>
@@ -16,6 +15,8 @@ struct Kernel {
   // Few rows mean few blocks, and then more warps to wait for memory; only four of them multiply the prefix.
   static constexpr int kWarps = Rows == 16 ? 8 : 4, kThreads = 32 * kWarps;
   static constexpr int kRowWarps = Rows / 16, kKeyWarps = 4 / kRowWarps;
+  // Of the prefix: keys a stage, stages. Fewer keys where a warp has all of a stage and twice the channels: registers run out.
+  static constexpr int kKeys = D == 128 && Rows == 64 ? 32 : 64, kStages = 128 / kKeys;
   static constexpr int kWarpKeys = kKeys / kKeyWarps;           // of a stage, for one warp
   static constexpr int kLanes = D / 8, kAtOnce = 32 / kLanes;   // lanes that share a key, 16 bytes each; keys read at once
   static constexpr int kChunk = 1024 / D;               // keys of a tail at a time, 16 or 8: 4 KiB with their values
@@ -278,9 +279,9 @@ struct Kernel {
       const int lane = threadIdx.x % 32;
       total = warp_sum<4>(total);
       if (lane == 0) *its_top = top, *its_total = total;
+      if (lane >= 4) return;
 #pragma unroll
-      for (int d = 0; d < D / 8; ++d)
-        if (d % 8 == lane / 4) shared_cast<float2>(to)[4 * d + lane % 4] = make_float2(sum[d][0], sum[d][1]);
+      for (int d = 0; d < D / 8; ++d) shared_cast<float2>(to)[4 * d + lane] = make_float2(sum[d][0], sum[d][1]);
     }
   };
 
