@@ -1,4 +1,5 @@
-"""The model for decoding small batches on a GPU: linear layers by skinny_linear, from 16-bit, int8 or int4 weights.
+"""The model for decoding on a GPU: linear layers by skinny_linear, from 16-bit, int8 or int4 weights; of 16-bit weights that
+stay as they are (`fused`), many rows go to cuBLAS.
 
 A layer is five launches: norm + qkv, attention, out + residual, norm + up + activation, down + residual. A sandwich norm's
 second LayerNorm and its residual are part of the next launch. Token shift and rotary positions are PyTorch's own operations,
