@@ -78,14 +78,20 @@ def grouped(data: Data) -> dict[str, list[Record]]:
     return tables
 
 
+def named(data: Data) -> dict[str, Record]:
+    """Records by "title, column: contender dtype"."""
+    records = data["cases"].values()
+    return {f"{r['case']}, {r['column']}: {r['contender']} {r['dtype']}": r for r in records}
+
+
 def ratios(data: Data) -> dict[str, float]:
-    """How many times as long as our fastest unquantized, by "title, column: contender dtype"."""
+    """How many times as long as our fastest unquantized, by name."""
     found = {}
-    for title, records in grouped(data).items():
-        for record in records:
-            base = baseline([r for r in records if r["column"] == record["column"]])
-            if base and (times := ratio(record, base)):
-                found[f"{title}, {record['column']}: {record['contender']} {record['dtype']}"] = times
+    for name, record in named(data).items():
+        column = [r for r in data["cases"].values() if (r["case"], r["column"]) == (record["case"], record["column"])]
+        base = baseline(column)
+        if base and (times := ratio(record, base)):
+            found[name] = times
     return found
 
 
@@ -225,12 +231,16 @@ def worse(new: Data, old: Data) -> list[str]:
 
 
 def disagree(one: Data, two: Data) -> list[str]:
-    """Ratios to our own time that two runs measured more than SLOWER apart."""
+    """Ratios to our own time that two runs measured more than SLOWER apart, and what we took beside them: where that differs,
+    it was the machine."""
     first, second = ratios(one), ratios(two)
     found = []
     for name in first.keys() & second.keys():
-        if max(first[name], second[name]) > SLOWER * min(first[name], second[name]):
-            found.append(f"{name}: {first[name]:.2f} and {second[name]:.2f}")
+        times = first[name], second[name]
+        if max(times) > SLOWER * min(times):
+            amounts = [value(named(data)[name]) or 0.0 for data in (one, two)]
+            ours_took = " and ".join(seconds(amount / x) for amount, x in zip(amounts, times, strict=True))
+            found.append(f"{name}: {times[0]:.2f} and {times[1]:.2f}, beside ours of {ours_took}")
     return sorted(found)
 
 

@@ -277,7 +277,9 @@ def test_two_runs_disagree_beyond_15_percent() -> None:
     two["cases"]["f.py::c"]["seconds"] *= 1.1
     assert report.disagree(one, two) == []
     two["cases"]["f.py::c"]["seconds"] *= 1.1
-    assert report.disagree(one, two) == ["A step of x: y, batch 1: peer float32: 5.00 and 6.05"]
+    assert report.disagree(one, two) == [
+        "A step of x: y, batch 1: peer float32: 5.00 and 6.05, beside ours of 200 µs and 200 µs"
+    ]
 
 
 def test_ratios_measured_in_turns_count_before_those_of_times() -> None:
