@@ -328,7 +328,6 @@ __device__ __forceinline__ float gelu_tanh(float x) {
 }
 __device__ __forceinline__ float gelu_erf(float x) { return 0.5f * x * (1 + erff(x * 0.7071067812f)); }
 
-
 __device__ __forceinline__ float activate(Epilogue epilogue, float x) {
   return epilogue == Epilogue::none ? x : epilogue == Epilogue::gelu_tanh ? gelu_tanh(x) : gelu_erf(x);
 }
