@@ -4,6 +4,7 @@ pytest bench                               the most important cases, and the tab
 pytest bench --all --minutes 12 --results bench/results     all of them, into bench/results/DATE-DEVICE.json; what
                                            stands in that file already is not measured again, unless other processes
                                            kept more than BUSY of the machine busy meanwhile
+pytest bench --again --wait 120 --results FILE             on a machine whose memory others share: when it is fast
 pytest bench --all --again --results FILE  all of them once more, then those that are not settled: of a case's runs the
                                            median ratio counts, and others must agree with it, but for RUNS runs
 pytest bench --benchmark-disable           every case once, at a toy size: does it run, is its result right?
@@ -44,7 +45,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         action="store_true",
         help="measure also what stands in the file, unless its runs agree; of all runs the median ratio counts",
     )
-    group.addoption("--wait", type=float, default=0.0, help="seconds to wait, before each case, for others to rest")
+    group.addoption(
+        "--wait",
+        type=float,
+        default=0.0,
+        help="seconds to wait, before each case, for others to rest and for memory to be as fast as it has been",
+    )
     group.addoption("--results", metavar="PATH", help="JSON file to write and to resume, or the folder for a new one")
 
 
@@ -94,8 +100,12 @@ def commit() -> str:
 
 
 def counted(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Those that no other process disturbed, if there are any."""
-    return [run for run in runs if run.get("others", 0.0) <= BUSY] or runs
+    """Those that nobody disturbed, if there are any: no other process, and no neighbour of the memory."""
+
+    def disturbed(run: dict[str, Any]) -> bool:
+        return run.get("others", 0.0) > BUSY or run.get("memory", 1.0) < device.RESTED
+
+    return [run for run in runs if not disturbed(run)] or runs
 
 
 def middle_run(before: dict[str, Any], record: dict[str, Any]) -> dict[str, Any]:
@@ -168,6 +178,19 @@ class Store:
     def reader(self) -> device.Reader:
         return device.Reader()
 
+    @cached_property
+    def memory(self) -> device.Memory:
+        return device.Memory(self.reader, self.data.get("best_read", 0.0))
+
+    def rest(self) -> float:
+        """Waits as long as --wait allows; how fast memory is then, of the best that it has been on this machine."""
+        device.wait_for_quiet(BUSY, self.wait)
+        if device.ON_GPU or not self.wait:
+            return 1.0
+        share = self.memory.wait(self.wait)
+        self.data["best_read"] = self.memory.best
+        return share
+
     def has(self, test: str) -> bool:
         record = self.data["cases"].get(test, {})
         if self.again:
@@ -178,7 +201,7 @@ class Store:
         for _ in range(3):
             if self.data["limits"] is not None and self.data["limits"].get("others", 0.0) <= BUSY:
                 break
-            device.wait_for_quiet(BUSY, self.wait)
+            self.rest()
             others = device.Others()
             self.data["limits"] = device.measure_limits()
             self.data["limits"]["others"] = 0.0 if device.ON_GPU else round(others.share(), 3)
@@ -256,8 +279,8 @@ class Measure:
             if reader:
                 rates.append(reader())
 
-        if not self.small:
-            device.wait_for_quiet(BUSY, self.store.wait)
+        if not self.small and (share := self.store.rest()) < device.RESTED:
+            self.facts["memory"] = round(share, 3)
         others = device.Others()
         self.benchmark.pedantic(run, setup=prepare, rounds=rounds, warmup_rounds=warmup)
         if against:

@@ -37,6 +37,8 @@ VECTORS = {  # the widest first
     "avx512f": "AVX-512",
     "avx2": "AVX2",
 }
+RESTED = 0.9  # of the best rate that memory has had: less is a neighbour's doing
+WATCH = 60.0  # seconds
 READ_MB = (16, 32, 64, 128, 512) if not ON_GPU else (64, 256, 1024, 4096)
 
 
@@ -176,6 +178,28 @@ def wait_for_quiet(most: float, seconds: float) -> None:
         time.sleep(0.5)
         if others.share() < most:
             return
+
+
+class Memory:
+    """How fast memory is against the best that it has been. A machine may share it with others that come and go within a
+    minute, and what streams its weights is slower meanwhile, beside something that does not."""
+
+    def __init__(self, read: Callable[[], float], best: float = 0.0) -> None:
+        self.read, self.best = read, best  # bytes/s
+        self.known_from = -math.inf if best else math.inf  # the moment from which on `best` can be believed
+
+    def wait(self, seconds: float) -> float:
+        """Until it is at RESTED of the best, but no longer than `seconds`; the share that it is at then. In the first WATCH
+        seconds nobody knows what is best."""
+        start = time.monotonic()
+        self.known_from = min(self.known_from, start + WATCH)
+        while True:
+            rate = max(self.read() for _ in range(3))
+            self.best = max(self.best, rate)
+            now = time.monotonic()
+            if now - start >= seconds or (now >= self.known_from and rate >= RESTED * self.best):
+                return rate / self.best
+            time.sleep(1)
 
 
 # Limits.
