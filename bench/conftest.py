@@ -29,7 +29,7 @@ import pytest
 import torch
 
 from bench import device
-from bench.report import BUSY, SLOWER
+from bench.report import BUSY, SLOWER, disturbed
 from bench.work import Work
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -100,11 +100,7 @@ def commit() -> str:
 
 
 def counted(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Those that nobody disturbed, if there are any: no other process, and no neighbour of the memory."""
-
-    def disturbed(run: dict[str, Any]) -> bool:
-        return run.get("others", 0.0) > BUSY or run.get("memory", 1.0) < device.RESTED
-
+    """Those that nobody disturbed, if there are any."""
     return [run for run in runs if not disturbed(run)] or runs
 
 
@@ -182,12 +178,17 @@ class Store:
     def memory(self) -> device.Memory:
         return device.Memory(self.reader, self.data.get("best_read", 0.0))
 
-    def rest(self) -> float:
-        """Waits as long as --wait allows; how fast memory is then, of the best that it has been on this machine."""
+    def rest(self) -> None:
+        """Waits for others, as long as --wait allows."""
         device.wait_for_quiet(BUSY, self.wait)
+        self.memory_share(self.wait)
+
+    def memory_share(self, seconds: float = 0.0) -> float:
+        """How fast memory is, of the best that it has been on this machine: as soon as it is rested, or after `seconds`. Only
+        asked where --wait is."""
         if device.ON_GPU or not self.wait:
             return 1.0
-        share = self.memory.wait(self.wait)
+        share = self.memory.wait(seconds)
         self.data["best_read"] = self.memory.best
         return share
 
@@ -195,7 +196,7 @@ class Store:
         record = self.data["cases"].get(test, {})
         if self.again:
             return "seconds" in record and settled(record)
-        return bool({"seconds", "held_bytes"} & record.keys()) and record.get("others", 0.0) <= BUSY
+        return bool({"seconds", "held_bytes"} & record.keys()) and not disturbed(record)
 
     def limits(self) -> dict[str, Any]:
         for _ in range(3):
@@ -279,14 +280,16 @@ class Measure:
             if reader:
                 rates.append(reader())
 
-        if not self.small and (share := self.store.rest()) < device.RESTED:
-            self.facts["memory"] = round(share, 3)
-        others = device.Others()
+        if not self.small:
+            self.store.rest()
+        before, others = self.store.memory_share(), device.Others()
         self.benchmark.pedantic(run, setup=prepare, rounds=rounds, warmup_rounds=warmup)
         if against:
             beside.append(against())
         if self.small:
             return
+        if (share := min(before, self.store.memory_share())) < device.RESTED:
+            self.facts["memory"] = round(share, 3)
         times = torch.tensor(self.benchmark.stats.stats.data, dtype=torch.float64).view(passes, -1) / calls
         means = times.mean(1).sort().values
         if not device.ON_GPU:

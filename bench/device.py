@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bench.report import RESTED
 from dalle_fast import onednn
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -37,7 +38,6 @@ VECTORS = {  # the widest first
     "avx512f": "AVX-512",
     "avx2": "AVX2",
 }
-RESTED = 0.9  # of the best rate that memory has had: less is a neighbour's doing
 WATCH = 60.0  # seconds
 READ_MB = (16, 32, 64, 128, 512) if not ON_GPU else (64, 256, 1024, 4096)
 

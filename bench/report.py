@@ -30,6 +30,7 @@ BLOCK = re.compile(r"(<!-- bench: (.*?) -->\n).*?(<!-- /bench -->)", re.DOTALL)
 FIGURE = re.compile(r"(<!-- figure: ([^>]*?) -->).*?(<!-- /figure -->)", re.DOTALL)
 QUANTIZED = ("int8", "int4")
 BUSY = 0.1  # share of the machine that others may use meanwhile; what was measured among more is marked
+RESTED = 0.9  # of the best rate that memory has had: less is a neighbour's doing, and is marked
 SLOWER = 1.15  # two runs on one quiet machine agree within this
 
 Record = dict[str, Any]
@@ -44,6 +45,11 @@ def load(paths: Iterable[Path] = ()) -> list[Data]:
 
 def ours(record: Record) -> bool:
     return str(record["contender"]).startswith("dalle_fast")
+
+
+def disturbed(record: Record) -> bool:
+    """By other processes, or by a neighbour of the memory."""
+    return bool(record.get("others", 0.0) > BUSY or record.get("memory", 1.0) < RESTED)
 
 
 def value(record: Record) -> float | None:
@@ -120,7 +126,7 @@ def cell(record: Record | None, base: Record | None) -> str:
     if "share" in record:
         parts.append(f"{100 * record['share']:.0f} %")
     amount = seconds(own) if "seconds" in record else size(own)
-    return amount + (f" ({', '.join(parts)})" if parts else "") + " †" * (record.get("others", 0.0) > BUSY)
+    return amount + (f" ({', '.join(parts)})" if parts else "") + " †" * disturbed(record)
 
 
 def table(title: str, records: list[Record]) -> str:
@@ -138,8 +144,8 @@ def table(title: str, records: list[Record]) -> str:
         name = f"**{contender}**" if contender.startswith("dalle_fast") else contender
         lines.append(f"| {name} | {dtype} | {' | '.join(cell(found.get(c), base[c]) for c in columns)} |")
     reasons = {f"{r['contender']}: {r[how]}" for r in records for how in ("skipped", "failed") if how in r}
-    if any(r.get("others", 0.0) > BUSY for r in records):
-        reasons.add(f"†: other processes used more than {100 * BUSY:.0f} % of the machine meanwhile")
+    if any(disturbed(r) for r in records):
+        reasons.add(f"†: others used more than {100 * BUSY:.0f} % of the machine meanwhile, or of its memory")
     lines += [""] * bool(reasons) + [f"- {reason}" for reason in sorted(reasons)]
     return "\n".join(lines) + "\n"
 
@@ -211,7 +217,7 @@ def figure(expression: str, results: list[Data]) -> str:
             text = size(one[entry])
         else:
             text = seconds(one["seconds"]) if "seconds" in one else size(one["held_bytes"])
-        return text + " †" * (max(r.get("others", 0.0) for r in (one, other)) > BUSY)
+        return text + " †" * any(disturbed(r) for r in (one, other))
     raise ValueError(f"got figure {expression!r}, but no results file has measured it")
 
 

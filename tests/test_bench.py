@@ -254,7 +254,10 @@ def test_tables() -> None:
     assert "| **dalle_fast, cpu** | bfloat16 | 200 µs (50 %) | 400 µs (25 %) |" in text
     assert "| **dalle_fast, cpu** | int8 | 100 µs (0.50×, 100 %) |  |" in text
     assert "| peer | float32 | 1.00 ms (5.00×, 10 %) |  |" in text
-    assert "| hurried | float32 | 2.00 ms (10.0×, 5 %) † |  |" in text and "- †: other processes used more" in text
+    assert (
+        "| hurried | float32 | 2.00 ms (10.0×, 5 %) † |  |" in text
+        and "- †: others used more than 10 % of the machine" in text
+    )
     assert "| other |" not in text and "- other: not here" in text
     assert "| **dalle_fast** | bfloat16 | 287 MB |" in text and "| dense | bfloat16 | 1.30 GB (4.53×) |" in text
 

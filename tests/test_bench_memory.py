@@ -11,7 +11,7 @@ import pytest
 
 sys.path.append(str(Path(__file__).resolve().parent.parent))  # bench/ is not installed
 
-from bench import device
+from bench import device, report
 from bench.conftest import counted
 
 
@@ -52,3 +52,8 @@ def test_no_longer_than_asked(clock: list[float]) -> None:
 def test_runs_beside_a_busy_memory_count_only_where_there_are_no_others() -> None:
     slow, fast, old = {"ratio": 6.0, "memory": 0.6}, {"ratio": 10.0, "memory": 0.95}, {"ratio": 9.0}
     assert counted([slow, fast, old]) == [fast, old] and counted([slow]) == [slow]
+
+
+def test_a_record_beside_a_busy_memory_is_marked() -> None:
+    record = {"case": "c", "column": "x", "contender": "peer", "dtype": "float32", "seconds": 1e-3, "memory": 0.7}
+    assert report.cell(record, None) == "1.00 ms †" and report.cell({**record, "memory": 0.95}, None) == "1.00 ms"
