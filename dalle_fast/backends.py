@@ -107,9 +107,14 @@ def _choose(call: Call, forced: str | None) -> ModuleType:
     raise BackendUnavailable(f"no backend for {call}: " + "; ".join(f"{name}: {why}" for name, why in reasons.items()))
 
 
+def asked_for() -> str | None:
+    """The backend that is asked for by name: by `use`, else by DALLE_FAST_BACKEND."""
+    return _forced.get() or os.environ.get("DALLE_FAST_BACKEND") or None
+
+
 def choose(call: Call) -> ModuleType:
     """The module that computes the call. Raises BackendUnavailable if none can, or the one asked for can't."""
-    return _choose(call, _forced.get() or os.environ.get("DALLE_FAST_BACKEND") or None)
+    return _choose(call, asked_for())
 
 
 def describe(

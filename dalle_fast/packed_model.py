@@ -52,6 +52,8 @@ def fused(model: DalleModel, backend: str = "auto") -> DalleModel:
     and the vectors of LayerNorms are: who changes those makes a new one). Itself where there is no such thing."""
     weight, config = model.image_embedding.weight, model.config
     kind = str(weight.dtype).removeprefix("torch.")
+    if backend == "auto":
+        backend = backends.asked_for() or backend
     if isinstance(model, PackedModel) or kind not in FLOATS or why_not(kind, weight.device.type, backend):
         return model
     if any(size % 8 for size in (config.dim, config.hidden, config.heads * config.head_dim)):

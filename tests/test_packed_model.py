@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from dalle_fast import packed_model
+from dalle_fast import backends, packed_model
 from dalle_fast.config import ModelConfig
 from dalle_fast.engine import TorchEngine
 from dalle_fast.graph_engine import GraphEngine
@@ -149,7 +149,15 @@ def test_a_16_bit_model_is_fused_on_a_gpu(monkeypatch):
     """Its weights are not copied; a few rows go to skinny_linear, many to cuBLAS; what it can't serve stays as it is."""
     model = random_model(activation="geglu", layer_scale=True).bfloat16()
     assert packed_model.fused(model) is model  # on a CPU
-    monkeypatch.setattr(packed_model, "why_not", lambda kind, device, backend: None)
+    serves = {"auto": None, "cuda": None}
+    monkeypatch.setattr(packed_model, "why_not", lambda kind, device, backend: serves.get(backend, "not by this one"))
+    for name in ("triton", "reference"):  # asked for as an argument, by `use` and by the environment
+        assert packed_model.fused(model, name) is model
+        with backends.use(name):
+            assert packed_model.fused(model) is model
+        with monkeypatch.context() as environment:
+            environment.setenv("DALLE_FAST_BACKEND", name)
+            assert packed_model.fused(model) is model
     fused = packed_model.fused(model)
     assert isinstance(fused, PackedModel) and packed_model.fused(fused) is fused
     pairs = [
