@@ -104,6 +104,11 @@ def counted(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [run for run in runs if not disturbed(run)] or runs
 
 
+def noise(run: dict[str, Any]) -> tuple[bool, float]:
+    """Smaller, quieter: whether a neighbour kept the memory busy, then the share of the machine that others used."""
+    return run.get("memory", 1.0) < device.RESTED, run.get("others", 0.0)
+
+
 def middle_run(before: dict[str, Any], record: dict[str, Any]) -> dict[str, Any]:
     """Of all runs of a case that count the one of median ratio (of median time, where that is the same), and `runs`, all of
     them: on a machine that is shared with others a median over hours says more than one over seconds. Of evenly many runs the
@@ -178,10 +183,10 @@ class Store:
     def memory(self) -> device.Memory:
         return device.Memory(self.reader, self.data.get("best_read", 0.0))
 
-    def rest(self) -> None:
-        """Waits for others, as long as --wait allows."""
+    def rest(self) -> float:
+        """Waits for others, as long as --wait allows; how fast memory is then."""
         device.wait_for_quiet(BUSY, self.wait)
-        self.memory_share(self.wait)
+        return self.memory_share(self.wait)
 
     def memory_share(self, seconds: float = 0.0) -> float:
         """How fast memory is, of the best that it has been on this machine: as soon as it is rested, or after `seconds`. Only
@@ -212,7 +217,7 @@ class Store:
         # What stood there before this session: a case may be added once more, with more facts.
         before = self.earlier.setdefault(test, self.data["cases"].get(test, {}))
         record = {**record, "commit": self.commit}
-        quieter = "seconds" in before and before.get("others", 0.0) < record.get("others", 0.0)
+        quieter = "seconds" in before and noise(before) < noise(record)
         if self.again and "seconds" in before and "seconds" in record:
             self.data["cases"][test] = middle_run(before, record)
         elif not quieter or "failed" in record:
@@ -280,9 +285,7 @@ class Measure:
             if reader:
                 rates.append(reader())
 
-        if not self.small:
-            self.store.rest()
-        before, others = self.store.memory_share(), device.Others()
+        before, others = 1.0 if self.small else self.store.rest(), device.Others()
         self.benchmark.pedantic(run, setup=prepare, rounds=rounds, warmup_rounds=warmup)
         if against:
             beside.append(against())

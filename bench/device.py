@@ -38,7 +38,7 @@ VECTORS = {  # the widest first
     "avx512f": "AVX-512",
     "avx2": "AVX2",
 }
-WATCH = 60.0  # seconds
+WATCH = 60.0  # seconds until it is known how fast memory can be
 READ_MB = (16, 32, 64, 128, 512) if not ON_GPU else (64, 256, 1024, 4096)
 
 
@@ -226,9 +226,8 @@ def read_rates(sizes: Iterable[int], seconds: float) -> dict[str, float]:
     """{bytes: bytes/s} of reading once these many MiB, each measured for about `seconds`."""
     read = {}
     for size in sizes:
-        count = (
-            max(1, 2**10 // size) if ON_GPU else 1
-        )  # beyond the caches of a GPU, where a lone call is mostly launching
+        # On a GPU beyond its caches, and many in one launch: a lone call is mostly launching.
+        count = max(1, 2**10 // size) if ON_GPU else 1
         data = torch.randn(count, size * 2**18, device=DEVICE)
         row = torch.randn(2**14, device=DEVICE)
         split = [(x.view(2 * torch.get_num_threads(), -1),) for x in data]

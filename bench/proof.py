@@ -61,7 +61,7 @@ def steps(folder: Path) -> list[Step]:
     install = ["-m", "pip", "install", "-q", "--no-build-isolation", "--no-deps", "--no-index", "-e", "."]
     parallel = ["-n", str(min(8, os.cpu_count() or 1))] if find_spec("xdist") else []
     pytest = [python, "-m", "pytest", *parallel, *quiet]
-    captured = [*pytest, *gpu_test_files(), "-m", "gpu"]
+    on_gpu = [*pytest, *gpu_test_files(), "-m", "gpu"]
     one_allocation_each = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}  # else an access beyond one hits the next
     results = str(folder / "results.json")
     return [
@@ -70,7 +70,7 @@ def steps(folder: Path) -> list[Step]:
         Step("tests", [*pytest, *gpu_test_files(), "-m", "not emulated", "--maxfail", "20"], 0.3, no_tests=True),
         *(
             Step(
-                tool, ["compute-sanitizer", "--tool", tool, "--error-exitcode", "1", *captured], 0.12,
+                tool, ["compute-sanitizer", "--tool", tool, "--error-exitcode", "1", *on_gpu], 0.12,
                 "compute-sanitizer", environment=one_allocation_each, no_tests=True,
             )
             for tool in ("memcheck", "racecheck")

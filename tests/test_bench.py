@@ -149,7 +149,10 @@ def test_runs_of_a_case_are_joined_by_their_median(tmp_path: Path) -> None:
     path = tmp_path / "again.json"
     limits = {"read": {"1000000": 1e10}, "copy": 1e10, "matmul": {"bfloat16": 1e11, "float32": 1e11}}
     path.write_text(json.dumps({"machine": describe(), "limits": limits, "cases": {}}))
-    (tmp_path / "never_settled.py").write_text("from bench import conftest\nconftest.settled = lambda record: False\n")
+    (tmp_path / "never_settled.py").write_text(
+        "from bench import conftest, device\nconftest.settled = lambda record: False\n"
+        "device.Others.share = lambda self: 0.0\n"  # of runs among others fewer would count
+    )
     for runs in range(1, 4):
         done = bench("-p", "never_settled", "--all", "--again", "--results", str(path), folder=tmp_path, what=CASE)
         assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-1000:]
@@ -335,6 +338,22 @@ def test_reading_is_measured_again_for_the_sizes_that_matter(monkeypatch):
         assert [int(size) >> 20 for size in rates] == sizes and min(rates.values()) > 1e6
         limits = {"read": rates, "matmul": {"bfloat16": 1e30}}
         assert nbytes / max(rates.values()) <= floor(limits, nbytes, 0, "bfloat16") <= nbytes / min(rates.values())
+
+
+@pytest.mark.skipif(device.ON_GPU, reason="the memory of a GPU is its own")
+def test_what_ran_beside_a_busy_memory_says_so_and_runs_again(tmp_path: Path) -> None:
+    path = tmp_path / "busy.json"
+    limits = {"read": {"1000000": 1e10}, "copy": 1e10, "matmul": {"bfloat16": 1e11, "float32": 1e11}}
+    path.write_text(json.dumps({"machine": describe(), "limits": limits, "cases": {}}))
+    for wait, others, expected in (("1", 0.0, 0.5), ("0", 0.05, None)):  # only who waits asks for it
+        (tmp_path / "busy.py").write_text(
+            "from bench import device\ndevice.Memory.wait = lambda self, seconds: 0.5\n"
+            f"device.Others.share = lambda self: {others}\n"
+        )
+        done = bench("-p", "busy", "--all", "--wait", wait, "--results", str(path), folder=tmp_path, what=CASE)
+        assert done.returncode == 0 and "1 passed" in done.stdout, done.stdout[-3000:]
+        (record,) = json.loads(path.read_text())["cases"].values()
+        assert record.get("memory") == expected and ("†" in done.stdout) == (expected is not None)
 
 
 @pytest.mark.skipif(device.ON_GPU, reason="a GPU has instructions for every type")
