@@ -42,7 +42,7 @@ struct FewRows {
   const SkinnyLinearParams& l;
   const int lane, warp, first_tile, last_tile, first_stage, last_stage;
   const bool gated;
-  const int tiles_a_row;      // 1 / rows, times 65536
+  const int of_rows;      // 1 / rows, times 65536: divides by them
   shared<float> parts;        // [tile][warp][row][16 outputs]
   shared<uint4> ring;         // this lane's: [slot][2][32 lanes]
   shared<float2> scales;      // int4: this lane's, of outputs lane / 4 and 8 more: [slot][32 lanes]
@@ -62,7 +62,7 @@ struct FewRows {
         first_stage(warp * params.stages / kWarps),
         last_stage((warp + 1) * params.stages / kWarps),
         gated(l.epilogue == Epilogue::geglu),
-        tiles_a_row((65535 + l.rows) / l.rows),
+        of_rows((65535 + l.rows) / l.rows),
         parts(its_parts),
         ring(its_ring + (warp * kFewDepth * 64 + lane)),
         scales(its_scales + (warp * kFewDepth * 32 + lane)),
@@ -171,7 +171,7 @@ struct FewRows {
   // The i-th of this block. Neighbouring threads have neighbouring outputs.
   __device__ Result result(int i) const {
     Result r = {-1, 0, {1, 1}, {0, 0}, 0};
-    const int width = gated ? kTile / 2 : kTile, of_row = i / width, tile = of_row * tiles_a_row >> 16;
+    const int width = gated ? kTile / 2 : kTile, of_row = i / width, tile = of_row * of_rows >> 16;
     const int row = of_row - tile * l.rows, part = l.outputs / p.call.parts;
     int output = (first_tile + tile) * width + i % width;
     if (tile >= last_tile - first_tile || output >= l.outputs) return r;

@@ -17,7 +17,7 @@ from dalle_fast.ops import FLOATS
 from dalle_fast.packing import BLOCK, KINDS, TILE, Branch, PackedWeight, record_bytes
 from dalle_fast.packing import FLOATS as FLOATS_BY_NAME
 
-MAX_ROWS = 64  # above, cuBLAS is as fast
+MAX_ROWS = 64  # of a launch
 
 torch.library.define(
     "dalle_fast::skinny_linear",

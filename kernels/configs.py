@@ -1,8 +1,8 @@
 """Tile sizes, a literal table: (architecture, op, head dim) -> tile.
 
 Entries with `microseconds` are the fastest of those tried on an H100 (bench/results): of sparse_attention a row layer at batch
-8 of the 12B or 1.3B preset, of its backward pass likewise. There one stage was three times as fast as two or three: rows
-gathered through a table are pipelined at a loss. All others are predictions from that and from register and shared-memory
+8 of the 12B or 1.3B preset, of its backward pass likewise. There one stage was two to three times as fast as two or three:
+rows gathered through a table are pipelined at a loss. All others are predictions from that and from register and shared-memory
 budgets. Every one is compiled ahead of time in the tests, where a spilled register or a tile that does not fit fails.
 """
 
