@@ -82,10 +82,10 @@ static Epilogue epilogue_named(const std::string& name) {
 
 static dalle_fast::CudaLinearParams cuda_linear(const std::vector<int32_t>& n, const std::string& epilogue,
                                                 const std::string& dtype, const std::string& weight_dtype) {
-  expect("sizes", n.size(), 7);
+  expect("sizes", n.size(), 6);
   dalle_fast::CudaLinearParams c{};
   c.linear.rows = n[0], c.linear.inputs = n[1], c.linear.outputs = n[2], c.parts = n[3];
-  c.multiprocessors = n[4], c.shared_limit = n[5], c.dense = n[6];
+  c.multiprocessors = n[4], c.shared_limit = n[5];
   c.linear.epilogue = epilogue_named(epilogue), c.linear.dtype = float_type(dtype);
   c.weight_dtype = weight_dtype == "int8" ? DType::int8 : weight_dtype == "int4" ? DType::int4 : c.linear.dtype;
   return c;

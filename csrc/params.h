@@ -81,11 +81,12 @@ struct SkinnyLinearParams {
   DType dtype;
 };
 
-// The same by CUDA, for 1 to 64 rows of bfloat16 or float16 and weights as dalle_fast/packing.py lays them out.
+// The same by CUDA, for 1 to 64 rows of bfloat16 or float16 and weights as dalle_fast/packing.py lays them out; 16-bit ones, of
+// the rows' type, are as nn.Linear has them and serve up to 8 rows.
 struct CudaLinearParams {
-  SkinnyLinearParams linear;  // bias in packed order; dtype is that of x, y and residual
-  const float* scale;         // in packed order, or null: multiplies a sum before the bias
-  int32_t* counters;          // [packed outputs / 16], zero before and after
+  SkinnyLinearParams linear;  // bias in the weight's order; dtype is that of x, y and residual
+  const float* scale;         // in the weight's order, or null: multiplies a sum before the bias
+  int32_t* counters;          // [packed outputs / 16], zero before and after; none for 16-bit weights
   void* workspace;            // skinny_linear_workspace bytes
   // What joins x first, or null: x becomes x + layer_norm(branch), which is also written to `sum`.
   const void* branch;          // [rows, inputs]
@@ -96,7 +97,6 @@ struct CudaLinearParams {
   int32_t multiprocessors;  // thread blocks to share the work
   int32_t shared_limit;     // bytes of shared memory that a block may have
   int32_t parts;            // of which y consists, one after the other: [parts, rows, outputs / parts]
-  bool dense;               // 16-bit weights in the order of nn.Linear, [outputs, inputs]; scale and bias in that order too
   bool dependent_launch;    // start before the previous kernel has ended: sm_90
 };
 size_t skinny_linear_workspace(const CudaLinearParams& call);

@@ -27,9 +27,9 @@ int few_rows_bytes(int rows, int padded_inputs, int tiles_a_block) {
          rows * padded_inputs * 2;
 }
 
-// kDense: 16-bit weights as nn.Linear has them. A lane then reads 8 inputs of outputs lane / 4 and 8 more (of gates: lane / 4 of
-// the second half), which are the same registers in another order.
-template <class T, DType kW, bool kDense>
+// Of a dense weight a lane reads 8 inputs of outputs lane / 4 and 8 more (of gates: lane / 4 of the second half), which are the
+// same registers in another order.
+template <class T, DType kW>
 struct FewRows {
   using F = Format<kW>;
 
@@ -47,7 +47,7 @@ struct FewRows {
   shared<uint4> ring;         // this lane's: [slot][2][32 lanes]
   shared<float2> scales;      // int4: this lane's, of outputs lane / 4 and 8 more: [slot][32 lanes]
   shared<const uint4> xs;     // x_place says where
-  const unsigned char* from;  // this lane's part of the next record to fetch, or kDense: its first output, and how far the other is
+  const unsigned char* from;  // this lane's part of the next record to fetch, or dense: its first output, and how far the other is
   int64_t other;
   int next_tile, next_stage;  // whose record that is
 
@@ -98,8 +98,8 @@ struct FewRows {
 
   // The vectors, which the previous kernel does not make, into the second-level cache while it is still at work.
   __device__ void prefetch() const {
-    const int width = kDense && gated ? kTile / 2 : kTile, first = first_tile * width;
-    const int all = (last_tile - first_tile) * width, count = kDense ? min(all, l.outputs - first) : all;
+    const int width = F::kDense && gated ? kTile / 2 : kTile, first = first_tile * width;
+    const int all = (last_tile - first_tile) * width, count = F::kDense ? min(all, l.outputs - first) : all;
     if (threadIdx.x == 0) prefetch_vector(l.bias, first, count);
     if (threadIdx.x == 32) prefetch_vector(p.call.scale, first, count);
     if (threadIdx.x == 64) prefetch_vector(l.norm_weight, 0, l.inputs);
@@ -110,7 +110,7 @@ struct FewRows {
 
   __device__ void seek(int tile) {
     next_tile = tile, next_stage = first_stage;
-    if constexpr (kDense) {  // outputs that do not exist are the last one again
+    if constexpr (F::kDense) {  // outputs that do not exist are the last one again
       const int row = min(tile * (gated ? kTile / 2 : kTile) + lane / 4, l.outputs - 1);
       other = static_cast<int64_t>(gated ? l.outputs : min(row + 8, l.outputs - 1) - row) * l.inputs * 2;
       from = static_cast<const unsigned char*>(l.weight) + static_cast<int64_t>(row) * l.inputs * 2;
@@ -122,7 +122,7 @@ struct FewRows {
 
   __device__ void fetch(int slot) {
     if (next_tile == last_tile) return;
-    if constexpr (kDense) {  // beyond the last input x is zero, whatever the weight
+    if constexpr (F::kDense) {  // beyond the last input x is zero, whatever the weight
       const unsigned char* piece = from + min(next_stage * F::kInputs + lane % 4 * 8, l.inputs - 8) * 2;
       cp_async_once(shared_cast<unsigned char>(ring + slot * 64), piece);
       cp_async_once(shared_cast<unsigned char>(ring + (slot * 64 + 32)), piece + other);
@@ -146,7 +146,7 @@ struct FewRows {
     for (int stage = first_stage; stage < last_stage; ++stage) {
       cp_async_wait<kFewDepth - 2>();
       uint4 w[2] = {ring[slot * 64], ring[slot * 64 + 32]};
-      if constexpr (kDense) {
+      if constexpr (F::kDense) {
         const uint4 a = w[0], b = w[1];
         w[0] = make_uint4(a.x, b.x, a.y, b.y), w[1] = make_uint4(a.z, b.z, a.w, b.w);
       }
@@ -184,8 +184,8 @@ struct FewRows {
 
   __device__ void load_operands(Result& r) const {
     if (r.place < 0) return;
-    const int at = (first_tile + (r.of >> 8)) * (kDense && gated ? kTile / 2 : kTile) + r.of % kTile;
-    const int gate = at + (kDense ? l.outputs : 8);
+    const int at = (first_tile + (r.of >> 8)) * (F::kDense && gated ? kTile / 2 : kTile) + r.of % kTile;
+    const int gate = at + (F::kDense ? l.outputs : 8);
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
       if (h && !gated) break;
@@ -211,7 +211,7 @@ struct FewRows {
   }
 };
 
-template <class T, DType kW, bool kDense>
+template <class T, DType kW>
 __global__ void __launch_bounds__(kThreads, 2) few_rows(const __grid_constant__ FewRowsParams p) {
   const int rows = p.call.linear.rows;
   shared<unsigned char> memory = dynamic_shared();
@@ -220,7 +220,7 @@ __global__ void __launch_bounds__(kThreads, 2) few_rows(const __grid_constant__ 
   const shared<uint4> ring = carve<uint4>(memory, kFewDepth * kWarps * 64);
   const shared<float2> scales = carve<float2>(memory, Format<kW>::kGroups ? kFewDepth * kWarps * 32 : 0);
   const shared<uint4> xs = carve<uint4>(memory, rows * p.padded_inputs / 8);
-  FewRows<T, kW, kDense>(p, parts, ring, scales, xs).run(xs, moments);
+  FewRows<T, kW>(p, parts, ring, scales, xs).run(xs, moments);
 }
 
 }  // namespace skinny

@@ -2,7 +2,8 @@
 //
 // W is the A operand of mma.m16n8k16 and the rows of x are its B operand, 8 rows an instruction: one row alone wastes tensor
 // throughput, of which there is plenty, and no bandwidth. dalle_fast/packing.py lays W out in the order in which it is read.
-// Few rows, which fit in shared memory whole, are skinny_few_rows.cuh's; here x is streamed beside W:
+// Few rows, which fit in shared memory whole, are skinny_few_rows.cuh's, and of 16-bit weights there are no others; here x is
+// streamed beside W:
 //
 //   work    W is a line of (blocks of 128 outputs) x (stages of 32 to 128 inputs); each thread block takes an equal share of
 //           it, so that every multiprocessor reads as much, whatever the shape. A warp owns 16 of the 128 outputs.
@@ -246,7 +247,7 @@ __global__ void __launch_bounds__(kThreads, 2) prepare(const __grid_constant__ D
   for (int i = threadIdx.x; i < p.padded_inputs / 8; i += kThreads) store(to + i, static_cast<uint4>(xs[i]));
 }
 
-// How a call runs, from its sizes alone.
+// How a call runs, from its sizes alone. Throws std::runtime_error for a dense weight and more rows than it is read for.
 struct Plan {
   int rows, stages, padded_inputs, weight_blocks, blocks, shared_bytes;
   int tiles, tiles_a_block;  // of 16 outputs, for few rows; a block's tiles are 0 where x is streamed
@@ -287,6 +288,9 @@ Plan plan_of(const CudaLinearParams& call) {
     plan.shared_bytes = few_rows_bytes<kW>(plan.rows, plan.padded_inputs, plan.tiles_a_block);
     return plan;
   }
+  if (Format<kW>::kDense)
+    throw std::runtime_error("skinny_linear: got " + std::to_string(plan.rows) + " rows of " + std::to_string(l.inputs) +
+                             " inputs for a dense weight, expected few enough for shared memory");
   plan.row_tiles = l.rows <= 8 ? 1 : l.rows <= 16 ? 2 : l.rows <= 32 ? 4 : 8;
   plan.blocks = std::min(call.multiprocessors, plan.weight_blocks * plan.stages);
   plan.shared_bytes = plan.row_tiles == 1   ? streamed_bytes<kW, 1>(plan.rows)
@@ -298,21 +302,8 @@ Plan plan_of(const CudaLinearParams& call) {
 }
 
 template <class T, DType kW>
-void run(const CudaLinearParams& call, void* stream) {
-  const Plan plan = plan_of<kW>(call);
-  const dim3 grid(static_cast<unsigned>(plan.blocks)), block(kThreads);
-  const size_t bytes = static_cast<size_t>(plan.shared_bytes);
-  if (plan.tiles_a_block) {
-    const FewRowsParams few{call, plan.stages, plan.padded_inputs, plan.tiles, plan.tiles_a_block};
-    void (*kernel)(FewRowsParams) = few_rows<T, kW, false>;
-    if constexpr (kW == DType::bfloat16)
-      if (call.dense) kernel = few_rows<T, kW, true>;
-    launch(kernel, "skinny_linear", grid, block, bytes, stream, call.dependent_launch, few);
-    return;
-  }
-  if (call.dense)
-    throw std::runtime_error("skinny_linear: got " + std::to_string(plan.rows) + " rows of " + std::to_string(call.linear.inputs) +
-                             " inputs for a dense weight, expected few enough for shared memory");
+void run_streamed(const Plan& plan, const CudaLinearParams& call, void* stream) {
+  const dim3 block(kThreads);
   DeviceParams p{call, static_cast<float*>(call.workspace), nullptr, plan.stages, plan.weight_blocks, plan.padded_inputs};
   if (plan.prepare) {
     p.prepared = static_cast<char*>(call.workspace) + plan.partial_bytes();
@@ -323,7 +314,20 @@ void run(const CudaLinearParams& call, void* stream) {
                                  : plan.row_tiles == 2 ? linear<T, kW, 2>
                                  : plan.row_tiles == 4 ? linear<T, kW, 4>
                                                        : linear<T, kW, 8>;
-  launch(kernel, "skinny_linear", grid, block, bytes, stream, call.dependent_launch, p);
+  launch(kernel, "skinny_linear", dim3(static_cast<unsigned>(plan.blocks)), block, static_cast<size_t>(plan.shared_bytes), stream,
+         call.dependent_launch, p);
+}
+
+template <class T, DType kW>
+void run(const CudaLinearParams& call, void* stream) {
+  const Plan plan = plan_of<kW>(call);
+  if (plan.tiles_a_block) {
+    const FewRowsParams few{call, plan.stages, plan.padded_inputs, plan.tiles, plan.tiles_a_block};
+    launch(few_rows<T, kW>, "skinny_linear", dim3(static_cast<unsigned>(plan.blocks)), dim3(kThreads),
+           static_cast<size_t>(plan.shared_bytes), stream, call.dependent_launch, few);
+  } else if constexpr (!Format<kW>::kDense) {
+    run_streamed<T, kW>(plan, call, stream);
+  }
 }
 
 template <class T>

@@ -12,10 +12,11 @@ constexpr int kWarps = 8, kThreads = 32 * kWarps, kTile = 16, kBlock = kWarps * 
 constexpr int kMaxResident = 64 * 1024;  // bytes of x kept whole in shared memory
 constexpr int kMaxRing = 96 * 1024;      // bytes of weights and x in flight: two kernels fit, so that one can start early
 
-// A record is what a warp reads at a stage.
+// A record is what a warp reads at a stage. kDense: 16-bit weights of either type, as nn.Linear has them; there it is 32 inputs
+// of 16 outputs, gathered. DType::bfloat16 stands for both.
 template <DType kW>
 struct Format {
-  static constexpr bool kGroups = kW == DType::int4;
+  static constexpr bool kDense = kW == DType::bfloat16, kGroups = kW == DType::int4;
   static constexpr int kInputs = kW == DType::int4 ? 128 : kW == DType::int8 ? 64 : 32;
   static constexpr int kUnits = kInputs / 32;
   static constexpr int kRecord = kGroups ? 1024 + 64 : 1024;

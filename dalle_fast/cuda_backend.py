@@ -298,16 +298,15 @@ def skinny_linear(
     parts: int,
     branch: Branch | None = None,
 ) -> Tensor:
-    """One launch; two where LayerNorm is one of its own: for many rows, and inputs that are no multiple of 8."""
+    """One launch; two where LayerNorm is one of its own: for many rows, and inputs that are no multiple of 8. Raises
+    RuntimeError for a dense weight and more than few_rows."""
     if weight.kind not in ("int8", "int4", DTYPES[x.dtype]):
         raise ValueError(
             f"got x {x.dtype} for a weight of {weight.kind}, expected {weight.kind}, or int8 or int4 weights"
         )
     device = describe(x.device)
     y = torch.empty(parts, x.shape[0], weight.outputs // parts, dtype=x.dtype, device=x.device)
-    sizes = [
-        x.shape[0], weight.inputs, weight.outputs, parts, device.multiprocessors, device.shared_limit, weight.dense,
-    ]  # fmt: skip
+    sizes = [x.shape[0], weight.inputs, weight.outputs, parts, device.multiprocessors, device.shared_limit]
     names = (epilogue, DTYPES[x.dtype], weight.kind)
     needed = kernels().skinny_linear_workspace(sizes, norm_weight is not None or branch is not None, *names)
     workspace = torch.empty(needed, dtype=torch.uint8, device=x.device)

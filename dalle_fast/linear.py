@@ -14,7 +14,7 @@ from dalle_fast import backends, cpu_backend
 from dalle_fast.backends import Call
 from dalle_fast.cpu_backend import EPILOGUES, PackedLinear
 from dalle_fast.ops import FLOATS
-from dalle_fast.packing import BLOCK, KINDS, TILE, Branch, PackedWeight, record_bytes
+from dalle_fast.packing import BLOCK, STAGES, TILE, Branch, PackedWeight, record_bytes
 from dalle_fast.packing import FLOATS as FLOATS_BY_NAME
 
 MAX_ROWS = 64  # of a launch
@@ -113,8 +113,11 @@ def _linear(
     norm_weight: Tensor | None, norm_bias: Tensor | None, branch: Tensor | None, branch_weight: Tensor | None,
     branch_bias: Tensor | None, total: Tensor | None, kind: str, outputs: int, norm_eps: float, epilogue: str, parts: int,
 ) -> Tensor:  # fmt: skip
-    dense = data.ndim == 2 and data.dtype == FLOATS_BY_NAME.get(kind)
-    if kind not in KINDS or (not dense and (data.ndim != 4 or data.shape[2:] != (BLOCK // TILE, record_bytes(kind)))):
+    if kind in STAGES:
+        fits = data.ndim == 4 and data.shape[2:] == (BLOCK // TILE, record_bytes(kind))
+    else:
+        fits = data.ndim == 2 and data.dtype == FLOATS_BY_NAME.get(kind)
+    if not fits:
         raise ValueError(f"got a weight {list(data.shape)} packed as {kind!r}, expected packing.pack's")
     module: Any = backends.choose(Call("skinny_linear", x.device.type, x.dtype, 0))
     weight = PackedWeight(data, scale, bias, counters, kind, x.shape[1], outputs, epilogue == "geglu")

@@ -1,5 +1,5 @@
-"""The model for decoding on a GPU: linear layers by skinny_linear, from 16-bit, int8 or int4 weights; of 16-bit weights that
-stay as they are (`fused`), many rows go to cuBLAS.
+"""The model for decoding on a GPU: linear layers by skinny_linear, from 16-bit, int8 or int4 weights; 16-bit ones stay as they
+are, and many rows of them go to cuBLAS.
 
 A layer is five launches: norm + qkv, attention, out + residual, norm + up + activation, down + residual. A sandwich norm's
 second LayerNorm and its residual are part of the next launch. Token shift and rotary positions are PyTorch's own operations,
@@ -21,7 +21,7 @@ from dalle_fast.backends import Call
 from dalle_fast.config import ModelConfig
 from dalle_fast.linear import MAX_ROWS, join, skinny_linear
 from dalle_fast.model import Block, DalleModel, open_weights
-from dalle_fast.packing import FLOATS, KINDS, Branch, PackedWeight, keep, pack
+from dalle_fast.packing import FLOATS, KINDS, Branch, PackedWeight, pack
 from dalle_fast.passes import Pass, rotate
 from dalle_fast.quantize import Int4, Int8, Quantized, floats, last_rows, norm_vectors
 
@@ -58,7 +58,7 @@ def fused(model: DalleModel, backend: str = "auto") -> DalleModel:
         return model
     if any(size % 8 for size in (config.dim, config.hidden, config.heads * config.head_dim)):
         return model
-    return PackedModel(model, kind=kind, device=weight.device, dense=True)
+    return PackedModel(model, kind=kind, device=weight.device)
 
 
 class PackedModel(DalleModel):
@@ -66,12 +66,11 @@ class PackedModel(DalleModel):
 
     state   a DalleModel, or a mapping from its parameter names to tensors, read one at a time and not kept; values may be
             quantize.Int8 or Int4 already
-    kind    how weights are held, one of packing.KINDS; with "int4" the head is int8
+    kind    how weights are held, one of packing.KINDS; with "int4" the head is int8. Those of 16 bits are shared with `state`
+            where it has them so on the device
     dtype   of activations and cache; None: float16 for kind "float16", else bfloat16
-    dense   16-bit weights stay as they are, shared with `state` where it has them so on the device: cuBLAS multiplies many
-            rows by them, and only a few are left to skinny_linear
 
-    Raises ValueError for another kind, or one that cannot be dense, and what the mapping raises.
+    Raises ValueError for another kind, or of 16 bits a width that is no multiple of 8, and what the mapping raises.
     """
 
     def __init__(
@@ -82,7 +81,6 @@ class PackedModel(DalleModel):
         kind: str = "bfloat16",
         dtype: torch.dtype | None = None,
         device: torch.device | str = "cpu",
-        dense: bool = False,
     ) -> None:
         if isinstance(state, DalleModel):
             config, state = state.config, dict(state.state_dict())
@@ -90,10 +88,8 @@ class PackedModel(DalleModel):
             raise ValueError("got weights without a config, expected a ModelConfig beside them")
         if kind not in KINDS:
             raise ValueError(f"got kind {kind!r}, expected one of {', '.join(KINDS)}")
-        if dense and kind not in FLOATS:
-            raise ValueError(f"got dense {kind} weights, expected {' or '.join(FLOATS)}")
         dtype = dtype or _activations(kind)
-        hold = Holder(kind, dense, device)
+        hold = Holder(kind, device)
         with torch.device("meta"):
             super().__init__(config)
         for block in self.blocks:
@@ -157,14 +153,12 @@ class Holder(NamedTuple):
     """How weights are held."""
 
     kind: str
-    dense: bool
     device: torch.device | str
 
     def __call__(self, weight: Tensor | Quantized, bias: Tensor | None, **options: Any) -> PackedWeight:
-        weight = _on(weight, self.device)
-        if self.dense:
-            return keep(_float(weight).to(FLOATS[self.kind]), bias, **options)
-        return pack(weight, bias, kind=self.kind, **options)
+        if self.kind in FLOATS:
+            weight = _float(weight)
+        return pack(_on(weight, self.device), bias, kind=self.kind, **options)
 
 
 class PackedLinear:

@@ -1,13 +1,13 @@
-"""Weights of linear layers in the order in which csrc/skinny_linear.cu streams them, and back.
+"""Weights of linear layers as csrc/skinny_linear.cu reads them, and back.
 
-A block of threads computes BLOCK = 128 outputs, a warp 16 of them: the A operand of mma.m16n8k16, whose B operand are the
-rows of x. Weights lie as [block of 128 outputs][stage][warp][record]: a record is what one warp reads at a time, 1024 bytes
-(two 16-byte loads a lane), and a whole block's work is one unbroken range of memory.
+Those of 16 bits stay as nn.Linear has them, so that cuBLAS can multiply many rows by the same memory. Quantized ones are put
+in the order in which they are streamed. A block of threads computes BLOCK = 128 outputs, a warp 16 of them: the A operand of
+mma.m16n8k16, whose B operand are the rows of x. Weights lie as [block of 128 outputs][stage][warp][record]: a record is what
+one warp reads at a time, 1024 bytes (two 16-byte loads a lane), and a whole block's work is one unbroken range of memory.
 
-    kind                 inputs a stage   a lane's 16 bytes
-    bfloat16, float16    32               the four registers of one 16 x 16 tile
-    int8                 64               two tiles; bytes 0, 2 of a word are one register, 1, 3 the next
-    int4                 128, one group   four tiles, a word each; nibbles r, r + 4 are register r. Then 16 float32 scales
+    kind   inputs a stage   a lane's 16 bytes
+    int8   64               two tiles; bytes 0, 2 of a word are one register, 1, 3 the next
+    int4   128, one group   four tiles, a word each; nibbles r, r + 4 are register r. Then 16 float32 scales
 
 Within 32 inputs lane t of a quad owns inputs 8t … 8t + 7, four for each of two tiles, so that it reads x by one 16-byte load.
 """
@@ -24,22 +24,23 @@ from torch import Tensor
 from dalle_fast.quantize import GROUP, Int8, Quantized, quantize
 
 BLOCK, TILE, WARPS = 128, 16, 8  # outputs of a block and of a warp; kernels in csrc/skinny_linear.cu agree
-KINDS = {"bfloat16": 32, "float16": 32, "int8": 64, "int4": GROUP}  # kind: inputs a stage
-RECORD = 1024  # bytes a warp reads at a stage, without int4's scales
 FLOATS = {"bfloat16": torch.bfloat16, "float16": torch.float16}
+STAGES = {"int8": 64, "int4": GROUP}  # inputs a stage
+KINDS = (*FLOATS, *STAGES)
+RECORD = 1024  # bytes a warp reads at a stage, without int4's scales
 
 
 @dataclass(frozen=True)
 class PackedWeight:
     """A linear layer of `inputs` inputs and `outputs` outputs.
 
-    data      uint8 [blocks, stages, 8, record], see above; what is beyond the real inputs and outputs is zero. Or a 16-bit
-              weight as nn.Linear has it, [rows, inputs] (dense): then all else is in its order too
-    scale     float32 [blocks * 128] in packed order, or None: multiplies an output's sum before the bias
-    bias      float32 [blocks * 128] in packed order, or None
-    counters  int32 [blocks * 8], zero between calls: how many parts of a warp's sum are done. Because of them a weight may
-              be used on one stream at a time
-    kind      one of KINDS; geglu: rows are 8 values, then their 8 gates, and so on
+    data      16 bits: [rows, inputs], dense. Quantized: uint8 [blocks, stages, 8, record], see above, where what is beyond
+              the real inputs and outputs is zero
+    scale     float32, [rows] or [blocks * 128] in the order of data, or None: multiplies an output's sum before the bias
+    bias      float32, in the same order, or None
+    counters  int32 [blocks * 8], none for a dense weight, zero between calls: how many parts of a warp's sum are done. Because
+              of them a weight may be used on one stream at a time
+    kind      one of KINDS; geglu: rows are values, then gates; of packed ones 8 values, then their 8 gates, and so on
     """
 
     data: Tensor
@@ -95,8 +96,9 @@ def pack(
 ) -> PackedWeight:
     """weight [O, K] of a floating type to be held as `kind` (one of KINDS), or already quantized; bias [O] or None;
     output_scale [O] or None multiplies result and bias. geglu: the rows are values, then gates, and `outputs` is O / 2.
+    A weight that already is of the 16-bit type asked for, and contiguous, is not copied.
 
-    Raises ValueError for other types or shapes.
+    Raises ValueError for other types or shapes; of 16 bits K must be a multiple of 8, 16 bytes.
     """
     if kind not in KINDS:
         raise ValueError(f"got kind {kind!r}, expected one of {', '.join(KINDS)}")
@@ -115,14 +117,21 @@ def pack(
     for name, vector in (("bias", bias), ("output_scale", output_scale)):
         if vector is not None and vector.shape != (rows,):
             raise ValueError(f"got {name} {list(vector.shape)} for a weight {[rows, inputs]}, expected [{rows}]")
+    device = weight.device if isinstance(weight, Tensor) else weight.scale.device
+    factor, bias = (None if v is None else v.detach().to(device, torch.float32) for v in (output_scale, bias))
+    if bias is not None and factor is not None:
+        bias = bias * factor
+    outputs = rows // 2 if geglu else rows
+    if isinstance(weight, Tensor):
+        if inputs % 8:
+            raise ValueError(f"got a weight {[rows, inputs]} for kind {kind!r}, expected a multiple of 8 inputs")
+        none = torch.zeros(0, dtype=torch.int32, device=device)
+        return PackedWeight(weight.contiguous(), factor, bias, none, kind, inputs, outputs, geglu)
     values, scale, groups = _values(weight)
-    device = values.device
-    factor = None if output_scale is None else output_scale.detach().to(device, torch.float32)
     if factor is not None:
         scale = factor if scale is None else scale * factor
-        bias = None if bias is None else bias.detach().to(device, torch.float32) * factor
     order = _order(rows, geglu).to(device)
-    stage = KINDS[kind]
+    stage = STAGES[kind]
     padded = F.pad(_pick(values, order), (0, -inputs % stage), value=8 if kind == "int4" else 0)
     records = _records(padded, kind)
     if groups is not None:  # [rows, stages] -> [blocks, stages, 8 warps, 8, 2]
@@ -131,42 +140,21 @@ def pack(
     return PackedWeight(
         records,
         None if scale is None else _pick(scale, order),
-        None if bias is None else _pick(bias.detach().to(device, torch.float32), order),
+        None if bias is None else _pick(bias, order),
         torch.zeros(len(order) // TILE, dtype=torch.int32, device=device),
         kind,
         inputs,
-        rows // 2 if geglu else rows,
+        outputs,
         geglu,
     )
-
-
-def keep(
-    weight: Tensor, bias: Tensor | None = None, *, geglu: bool = False, output_scale: Tensor | None = None
-) -> PackedWeight:
-    """A weight of bfloat16 or float16 as it is, not copied, so that cuBLAS can multiply many rows by it; arguments as pack's.
-
-    Raises ValueError for another type, or inputs that are no multiple of 8, 16 bytes.
-    """
-    kind = str(weight.dtype).removeprefix("torch.")
-    if kind not in FLOATS or weight.ndim != 2 or weight.shape[1] % 8:
-        raise ValueError(f"got a weight {list(weight.shape)} {kind}, expected [O, K] of 16 bits, K a multiple of 8")
-    weight = weight.detach().contiguous()
-    rows, inputs = weight.shape
-    bias, scale = (None if x is None else x.detach().to(weight.device, torch.float32) for x in (bias, output_scale))
-    if bias is not None and scale is not None:
-        bias = bias * scale
-    counters = torch.zeros(0, dtype=torch.int32, device=weight.device)
-    return PackedWeight(weight, scale, bias, counters, kind, inputs, rows // 2 if geglu else rows, geglu)
 
 
 def record_bytes(kind: str) -> int:
     return RECORD + (4 * TILE if kind == "int4" else 0)
 
 
-def _values(weight: Tensor | Quantized) -> tuple[Tensor, Tensor | None, Tensor | None]:
+def _values(weight: Quantized) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Values to pack, a scale a row, scales a group."""
-    if isinstance(weight, Tensor):
-        return weight, None, None
     if isinstance(weight, Int8):
         return weight.values, weight.scale.float(), None
     nibbles = torch.stack([weight.packed & 15, weight.packed >> 4], dim=-1).flatten(1)[:, : weight.inputs]
@@ -196,11 +184,9 @@ def _pick(x: Tensor, order: Tensor) -> Tensor:
 
 def _records(x: Tensor, kind: str) -> Tensor:
     """[rows, inputs], padded -> uint8 [blocks, stages, 8, 1024]."""
-    blocks, stages = x.shape[0] // BLOCK, x.shape[1] // KINDS[kind]
-    x = x.view(blocks, WARPS, 2, 8, stages, KINDS[kind] // 32, 4, 2, 2, 2)  # b w h g s u t j p e
-    if kind in FLOATS:
-        x = x.permute(0, 4, 1, 5, 7, 3, 6, 8, 2, 9).contiguous()  # b s w u j g t p h e
-    elif kind == "int8":
+    blocks, stages = x.shape[0] // BLOCK, x.shape[1] // STAGES[kind]
+    x = x.view(blocks, WARPS, 2, 8, stages, STAGES[kind] // 32, 4, 2, 2, 2)  # b w h g s u t j p e
+    if kind == "int8":
         x = x.permute(0, 4, 1, 5, 3, 6, 7, 8, 9, 2).contiguous()  # b s w u g t j p e h
     else:  # b s w l g t u j e p h: two loads l of two units u
         x = x.view(*x.shape[:5], 2, 2, *x.shape[6:]).permute(0, 4, 1, 5, 3, 7, 6, 8, 10, 9, 2)
@@ -209,13 +195,10 @@ def _records(x: Tensor, kind: str) -> Tensor:
 
 
 def _unpack(packed: PackedWeight) -> Tensor:
-    """The inverse of _records, with int4's group scales: [rows, inputs], padded, float32 (16-bit kinds: themselves)."""
+    """The inverse of _records, with int4's group scales: [rows, inputs], padded, float32."""
     blocks, stages = packed.data.shape[:2]
     data = packed.data[..., :RECORD].contiguous()
-    if packed.kind in FLOATS:
-        x = data.view(FLOATS[packed.kind]).view(blocks, stages, WARPS, 1, 2, 8, 4, 2, 2, 2)  # b s w u j g t p h e
-        x = x.permute(0, 2, 8, 5, 1, 3, 6, 4, 7, 9)
-    elif packed.kind == "int8":
+    if packed.kind == "int8":
         x = data.view(torch.int8).view(blocks, stages, WARPS, 2, 8, 4, 2, 2, 2, 2)  # b s w u g t j p e h
         x = x.permute(0, 2, 9, 4, 1, 3, 5, 6, 7, 8).float()
     else:

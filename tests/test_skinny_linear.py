@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from dalle_fast import backends
 from dalle_fast.cpu_backend import EPILOGUES, PackedLinear, kernels_why_not
 from dalle_fast.linear import skinny_linear
-from dalle_fast.packing import BLOCK, KINDS, RECORD, Branch, pack, record_bytes
+from dalle_fast.packing import BLOCK, FLOATS, KINDS, RECORD, STAGES, Branch, pack, record_bytes
 from dalle_fast.quantize import quantize, relative_error
 
 
@@ -31,6 +31,7 @@ def rounded(weight, kind):
 )
 def test_unpacking_gives_back_what_was_packed(kind, outputs, inputs, geglu, quantized):
     outputs += outputs % 2 if geglu else 0
+    inputs += -inputs % 8 if kind in FLOATS else 0
     weight, bias, scale = torch.randn(outputs, inputs), torch.randn(outputs), torch.rand(outputs) + 1
     source = quantize(weight, kind) if quantized and kind in ("int8", "int4") else weight
     packed = pack(source, bias, kind=kind, geglu=geglu)
@@ -42,25 +43,15 @@ def test_unpacking_gives_back_what_was_packed(kind, outputs, inputs, geglu, quan
     assert torch.equal(scaled.rows(scaled.bias), bias * scale)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", STAGES)
 def test_a_lane_reads_its_registers(kind):
     """Where the first lanes' weights lie, by the table in packing.py."""
     weight = torch.arange(BLOCK * 256, dtype=torch.float32).view(BLOCK, 256)  # value = 256 * row + input
-    if kind in ("bfloat16", "float16"):
-        weight = weight % 199  # integers that 8 bits hold
-        record = pack(weight, kind=kind).data[0, 1, 2].view(getattr(torch, kind)).view(2, 32, 4, 2).float()
-        for tile in range(2):
-            for lane in (0, 1, 7, 31):
-                for register in range(4):
-                    row = 16 * 2 + lane // 4 + 8 * (register % 2)
-                    k = 32 + 8 * (lane % 4) + 4 * tile + 2 * (register // 2)
-                    assert torch.equal(record[tile, lane, register], weight[row, k : k + 2])
-        return
     levels = 7 if kind == "int4" else 127
     weight = weight % (2 * levels + 1) - levels
     weight[:, ::128] = levels  # every scale is 1
     record = pack(weight, kind=kind).data[0, 1, 2]
-    lane, row, stage = 9, 16 * 2 + 2, KINDS[kind]
+    lane, row, stage = 9, 16 * 2 + 2, STAGES[kind]
     k = stage + 8 * (lane % 4)
     if kind == "int8":
         word = record.view(torch.int8).view(2, 32, 4, 4)[0, lane, 0]
@@ -87,7 +78,15 @@ def test_a_weight_takes_as_many_bits_as_it_says():
     )
 
 
+@pytest.mark.parametrize("kind", FLOATS)
+def test_16_bit_weights_stay_where_they_are(kind):
+    weight = torch.randn(12, 16).to(FLOATS[kind])
+    packed = pack(weight, kind=kind)
+    assert packed.dense and packed.data.data_ptr() == weight.data_ptr()
+
+
 def problem(rows, outputs, inputs, kind, epilogue="none", norm=False, residual=False, dtype=torch.bfloat16):
+    inputs += -inputs % 8 if kind in FLOATS else 0
     gates = 2 if epilogue == "geglu" else 1
     weight, bias = torch.randn(outputs * gates, inputs) / inputs**0.5, torch.randn(outputs * gates)
     packed = pack(weight.to(DEVICE), bias.to(DEVICE), kind=kind, geglu=gates == 2)
@@ -113,6 +112,8 @@ SHAPES = [(1, 1, 1), (2, 50, 37), (7, 96, 128), (8, 130, 520), (9, 33, 129), (64
 def test_every_backend_computes_the_formula(backend, kind, shape):
     dtype = torch.float16 if kind == "float16" else torch.bfloat16
     require(backend, "skinny_linear", dtype)
+    if backend == "cuda" and kind in FLOATS and shape[0] > 8:
+        pytest.skip("many rows of 16-bit weights are cuBLAS's")
     for epilogue in EPILOGUES:
         for norm, residual in ((False, True), (True, False)):
             x, packed, arguments = problem(*shape, kind, epilogue, norm, residual, dtype)
@@ -125,9 +126,9 @@ def test_every_backend_computes_the_formula(backend, kind, shape):
 
 def test_the_reference_is_pytorch_in_float64():
     for epilogue in EPILOGUES:
-        x, packed, arguments = problem(5, 40, 70, "bfloat16", epilogue, True, True, torch.float64)
+        x, packed, arguments = problem(5, 40, 72, "bfloat16", epilogue, True, True, torch.float64)
         norm = [v.double() for v in arguments["norm"]]
-        y = F.linear(F.layer_norm(x, (70,), *norm), packed.dequantize().double(), packed.rows(packed.bias).double())
+        y = F.linear(F.layer_norm(x, (72,), *norm), packed.dequantize().double(), packed.rows(packed.bias).double())
         if epilogue == "geglu":
             y = y[:, :40] * F.gelu(y[:, 40:])
         elif epilogue != "none":
@@ -137,7 +138,7 @@ def test_the_reference_is_pytorch_in_float64():
 
 @pytest.mark.parametrize("kind", ["bfloat16", "int4"])
 def test_opcheck(kind):
-    x, packed, arguments = problem(3, 40, 70, kind, "gelu", True, True)
+    x, packed, arguments = problem(3, 40, 72, kind, "gelu", True, True)
     weight, bias = arguments["norm"]
     branch = (torch.randn_like(x), weight + 1, bias + 1, torch.zeros_like(x)) if kind == "int4" else (None,) * 4
     torch.library.opcheck(
@@ -223,6 +224,11 @@ def test_refused_weights():
             r"got a weight \[4, 6\] torch.int8, expected two dimensions",
         ),
         (torch.randn(4), {"kind": "int8"}, r"got a weight \[4\] torch.float32"),
+        (
+            torch.randn(4, 6),
+            {"kind": "bfloat16"},
+            r"got a weight \[4, 6\] for kind 'bfloat16', expected a multiple of 8",
+        ),
         (torch.randn(3, 6), {"kind": "int8", "geglu": True}, "got 3 rows with geglu, expected an even number"),
         (
             torch.randn(4, 6),

@@ -8,7 +8,7 @@ from helpers import assert_close
 from dalle_fast import backends, cuda_backend, torch_backend
 from dalle_fast.cpu_backend import EPILOGUES
 from dalle_fast.linear import skinny_linear
-from dalle_fast.packing import KINDS, Branch, PackedWeight, keep, pack
+from dalle_fast.packing import KINDS, STAGES, Branch, PackedWeight, pack
 
 pytestmark = available
 ROWS = (1, 2, 7, 8, 9, 16, 33, 64)
@@ -44,16 +44,12 @@ def check(
     parts=1,
     scaled=False,
     joins=False,
-    dense=False,
 ):
     dtype = torch.float16 if kind == "float16" else torch.bfloat16
     gates = 2 if epilogue == "geglu" else 1
     weight, bias = torch.randn(outputs * gates, inputs) / inputs**0.5, torch.randn(outputs * gates)
     scale = torch.rand(outputs * gates) + 0.5 if scaled else None
-    if dense:
-        packed = keep(weight.to(dtype), bias, geglu=gates == 2, output_scale=scale)
-    else:
-        packed = pack(weight, bias, kind=kind, geglu=gates == 2, output_scale=scale)
+    packed = pack(weight, bias, kind=kind, geglu=gates == 2, output_scale=scale)
     x = (torch.randn(rows, inputs) * 2 + 1).to(dtype)
     added = torch.randn(rows, outputs).to(dtype) if residual else None
     vectors = (torch.rand(inputs) + 0.5, torch.randn(inputs)) if norm else (None, None)
@@ -95,6 +91,8 @@ def check(
 @pytest.mark.parametrize("kind", KINDS)
 def test_rows_and_kinds(machine, kind, rows):
     """Sizes that end inside every tile, group and part."""
+    if rows > 8 and kind not in STAGES:
+        pytest.skip("many rows of 16-bit weights are cuBLAS's")
     check(machine, rows, 140, 296, kind, "gelu_tanh", norm=True, residual=True)
 
 
@@ -104,13 +102,13 @@ def test_rows_and_kinds(machine, kind, rows):
 def test_epilogues(machine, kind, epilogue):
     for norm, residual, scaled in ((False, False, True), (True, False, False), (False, True, False)):
         check(machine, 3, 72, 96, kind, epilogue, norm, residual, scaled=scaled)
-    check(machine, 11, 72, 96, kind, epilogue, norm=True, residual=True, scaled=True)
+    check(machine, 11 if kind in STAGES else 7, 72, 96, kind, epilogue, norm=True, residual=True, scaled=True)
 
 
 @machines
 @pytest.mark.parametrize("rows", [1, 5, 12])
 @pytest.mark.parametrize(("outputs", "inputs"), [(1, 1), (3, 7), (129, 33), (40, 261), (128, 128), (17, 1)])
-@pytest.mark.parametrize("kind", ["bfloat16", "int4"])
+@pytest.mark.parametrize("kind", STAGES)
 def test_odd_sizes(machine, kind, outputs, inputs, rows):
     for norm in (False, True):
         check(machine, rows, outputs, inputs, kind, norm=norm and inputs > 1, residual=True)
@@ -118,7 +116,7 @@ def test_odd_sizes(machine, kind, outputs, inputs, rows):
 
 @machines
 @pytest.mark.parametrize("count", [1, 2, 3, 7, 13, 64, 1000])
-@pytest.mark.parametrize("kind", ["bfloat16", "int8", "int4"])
+@pytest.mark.parametrize("kind", STAGES)
 def test_sums_shared_by_blocks(machine, multiprocessors, kind, count):
     """One block with all tiles, shares that end anywhere in a sum, a block for each stage. Few rows: sums of one block each."""
     multiprocessors(count)
@@ -218,12 +216,13 @@ def test_a_result_does_not_depend_on_the_order_of_blocks(multiprocessors):
 def test_a_branch_joins_first(machine, multiprocessors, kind):
     multiprocessors(3)
     for rows, outputs, inputs in ((1, 200, 136), (8, 60, 137), (6, 40, 2088), (9, 130, 264), (10, 20, 133)):
-        check(machine, rows, outputs, inputs, kind, "gelu", norm=True, joins=True)
+        if kind in STAGES or (rows <= 8 and inputs % 8 == 0):
+            check(machine, rows, outputs, inputs, kind, "gelu", norm=True, joins=True)
     check(machine, 3, 50, 64, kind, joins=True)
 
 
 @machines
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", STAGES)
 def test_few_rows_that_do_not_fit_in_shared_memory(machine, multiprocessors, kind):
     multiprocessors(3, 99 << 10)
     for norm, inputs in ((False, 5000), (True, 5000), (False, 5003)):
@@ -253,9 +252,9 @@ def test_a_nan_stays_in_its_row(machine):
 
 
 def test_16_bit_weights_want_rows_of_their_type():
-    packed = pack(torch.randn(4, 6), kind="float16")
+    packed = pack(torch.randn(4, 8), kind="float16")
     with pytest.raises(ValueError, match=r"got x torch.bfloat16 for a weight of float16"):
-        cuda_backend.skinny_linear(torch.randn(2, 6).bfloat16(), packed, None, None, None, 1e-5, "none", 1)
+        cuda_backend.skinny_linear(torch.randn(2, 8).bfloat16(), packed, None, None, None, 1e-5, "none", 1)
 
 
 @machines
@@ -266,11 +265,9 @@ def test_dense_weights(machine, multiprocessors, epilogue, kind):
     multiprocessors(3)
     for rows, outputs, inputs in ((1, 200, 136), (8, 60, 264), (3, 13, 8), (5, 129, 520), (2, 8, 32)):
         plain = epilogue != "geglu"
-        check(
-            machine, rows, outputs, inputs, kind, epilogue, norm=True, residual=plain, scaled=rows % 2 == 0, dense=True
-        )
-    check(machine, 7, 40, 72, kind, epilogue, norm=True, joins=True, dense=True)
-    check(machine, 6, 3 * 44, 64, kind, parts=3, dense=True)
+        check(machine, rows, outputs, inputs, kind, epilogue, norm=True, residual=plain, scaled=rows % 2 == 0)
+    check(machine, 7, 40, 72, kind, epilogue, norm=True, joins=True)
+    check(machine, 6, 3 * 44, 64, kind, parts=3)
 
 
 @machines
@@ -279,7 +276,7 @@ def test_a_dense_weight_wants_few_rows(machine):
         cuda_backend.few_rows(2048, torch.device("cpu")) == 8 and cuda_backend.few_rows(15872, torch.device("cpu")) == 2
     )
     with pytest.raises(RuntimeError, match=r"got 9 rows of 64 inputs for a dense weight"):
-        check(machine, 9, 40, 64, "bfloat16", dense=True)
+        check(machine, 9, 40, 64, "bfloat16")
 
 
 @machines
