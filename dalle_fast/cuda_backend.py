@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from dalle_fast.backends import Call
@@ -271,7 +272,7 @@ def few_rows(inputs: int, device: torch.device) -> int:
 
 
 def join(
-    x: Tensor, norm_weight: Tensor, norm_bias: Tensor | None, norm_eps: float, branch: Branch | None
+    x: Tensor, norm_weight: Tensor | None, norm_bias: Tensor | None, norm_eps: float, branch: Branch | None
 ) -> Tensor:  # fmt: skip
     """One launch; linear.join says what it computes. Rows of a multiple of 8 channels."""
     y = torch.empty_like(x)
@@ -287,6 +288,23 @@ def join(
     return y
 
 
+def many_rows(
+    x: Tensor, weight: PackedWeight, bias: Tensor | None, residual: Tensor | None, epilogue: str, parts: int
+) -> Tensor:
+    """What follows join, by cuBLAS, of any number of rows and a dense weight, whose bias is here in x's type."""
+    scale = weight.scale
+    y = F.linear(x, weight.data, bias if scale is None else None)
+    if scale is not None:
+        y = y * scale.to(y.dtype) if bias is None else torch.addcmul(bias, y, scale.to(y.dtype))
+    if epilogue == "geglu":
+        value, gate = y.chunk(2, dim=-1)
+        y = value * F.gelu(gate)
+    elif epilogue != "none":
+        y = F.gelu(y, approximate="tanh" if epilogue == "gelu_tanh" else "none")
+    y = y if residual is None else residual + y
+    return y.view(len(y), parts, -1).transpose(0, 1)
+
+
 def skinny_linear(
     x: Tensor,
     weight: PackedWeight,
@@ -298,12 +316,17 @@ def skinny_linear(
     parts: int,
     branch: Branch | None = None,
 ) -> Tensor:
-    """One launch; two where LayerNorm is one of its own: for many rows, and inputs that are no multiple of 8. Raises
-    RuntimeError for a dense weight and more than few_rows."""
+    """One launch; two where LayerNorm is one of its own: for many rows, and inputs that are no multiple of 8. A dense weight
+    and more than few_rows: cuBLAS, and what stands around the product by PyTorch."""
     if weight.kind not in ("int8", "int4", DTYPES[x.dtype]):
         raise ValueError(
             f"got x {x.dtype} for a weight of {weight.kind}, expected {weight.kind}, or int8 or int4 weights"
         )
+    if weight.dense and len(x) > few_rows(weight.inputs, x.device):
+        if norm_weight is not None or branch is not None:
+            x = join(x, norm_weight, norm_bias, norm_eps, branch)
+        bias = None if weight.bias is None else weight.bias.to(x.dtype)
+        return many_rows(x, weight, bias, residual, epilogue, parts)
     device = describe(x.device)
     y = torch.empty(parts, x.shape[0], weight.outputs // parts, dtype=x.dtype, device=x.device)
     sizes = [x.shape[0], weight.inputs, weight.outputs, parts, device.multiprocessors, device.shared_limit]

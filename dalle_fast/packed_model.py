@@ -188,20 +188,10 @@ class PackedLinear:
         return total.view(x.shape), y if parts else y[0].view(*x.shape[:-1], -1)
 
     def _many(self, x: Tensor, residual: Tensor | None, parts: int, branch: Branch | None) -> Tensor:
-        """_rows by cuBLAS, of a dense weight."""
+        """_rows of a dense weight by cuBLAS; skinny_linear would cast the bias each time."""
         if self.norm is not None:
             x = join(x, self.norm, self.norm_eps, branch)
-        scale = self.weight.scale
-        y = F.linear(x, self.weight.data, self.bias if scale is None else None)
-        if scale is not None:
-            y = y * scale.to(y.dtype) if self.bias is None else torch.addcmul(self.bias, y, scale.to(y.dtype))
-        if self.epilogue == "geglu":
-            value, gate = y.chunk(2, dim=-1)
-            y = value * F.gelu(gate)
-        elif self.epilogue != "none":
-            y = F.gelu(y, approximate="tanh" if self.epilogue == "gelu_tanh" else "none")
-        y = y if residual is None else residual + y
-        return y.view(len(y), parts, -1).transpose(0, 1)
+        return cuda_backend.many_rows(x, self.weight, self.bias, residual, self.epilogue, parts)
 
     def _rows(self, x: Tensor, residual: Tensor | None, parts: int | None, branch: Branch | None) -> Tensor:
         """[rows, K] -> [parts, rows, O / parts]."""
