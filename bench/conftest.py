@@ -4,9 +4,9 @@ pytest bench                               the most important cases, and the tab
 pytest bench --all --minutes 12 --results bench/results     all of them, into bench/results/DATE-DEVICE.json; what
                                            stands in that file already is not measured again, unless other processes
                                            kept more than BUSY of the machine busy meanwhile
-pytest bench --again --wait 120 --results FILE             on a machine whose memory others share: when it is fast
+pytest bench --all --wait 180 --results FILE               on a machine that others share: while it is as fast as it can be
 pytest bench --all --again --results FILE  all of them once more, then those that are not settled: of a case's runs the
-                                           median ratio counts, and others must agree with it, but for RUNS runs
+                                           median ratio counts, and others must agree with it, but for five runs
 pytest bench --benchmark-disable           every case once, at a toy size: does it run, is its result right?
 """
 
@@ -29,11 +29,12 @@ import pytest
 import torch
 
 from bench import device
-from bench.report import BUSY, SLOWER, disturbed
+from bench.neighbours import Others, Pace, Product, neighbours
+from bench.report import BUSY, disturbed
+from bench.turns import Turns, middle_run, noise, settled
 from bench.work import Work
 
 ROOT = Path(__file__).resolve().parent.parent
-RUNS = 5  # of a case that does not settle
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -49,7 +50,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "--wait",
         type=float,
         default=0.0,
-        help="seconds to wait, before each case, for others to rest and for memory to be as fast as it has been",
+        help="seconds to wait, before each case and in it, for others to rest, for memory and cores to be as fast as they can",
     )
     group.addoption("--results", metavar="PATH", help="JSON file to write and to resume, or the folder for a new one")
 
@@ -68,6 +69,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     smoke = config.getoption("benchmark_disable")
     if smoke:
         torch.set_num_threads(1)  # toy sizes gain nothing from threads, and wait for each other where cores are busy
+    else:
+        device.keep_freed_memory()
     for item in items:
         item.add_marker(pytest.mark.benchmark(timer=device.clock, group=item.originalname, warmup=False))  # type: ignore[attr-defined]
         item.add_marker(pytest.mark.timeout(600))
@@ -99,64 +102,12 @@ def commit() -> str:
     return head.stdout.strip() + "+" * bool(changed.stdout.strip())
 
 
-def counted(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Those that nobody disturbed, if there are any."""
-    return [run for run in runs if not disturbed(run)] or runs
-
-
-def noise(run: dict[str, Any]) -> tuple[bool, float]:
-    """Smaller, quieter: whether a neighbour kept the memory busy, then the share of the machine that others used."""
-    return run.get("memory", 1.0) < device.RESTED, run.get("others", 0.0)
-
-
-def middle_run(before: dict[str, Any], record: dict[str, Any]) -> dict[str, Any]:
-    """Of all runs of a case that count the one of median ratio (of median time, where that is the same), and `runs`, all of
-    them: on a machine that is shared with others a median over hours says more than one over seconds. Of evenly many runs the
-    ratio is the mean of the middle two, all else is of the lower of them."""
-    plain = {name: value for name, value in before.items() if name not in ("runs", "by_position")}
-    runs = [*before.get("runs", [plain]), {name: value for name, value in record.items() if name != "by_position"}]
-    order = sorted(counted(runs), key=lambda run: (run.get("ratio", 0.0), run["seconds"]))
-    middle = {**record, **order[(len(order) - 1) // 2], "runs": runs}
-    if "ratios" in middle:
-        middle["ratio"] = statistics.median(run["ratio"] for run in order)
-    return middle
-
-
-def turns(passes: torch.Tensor, moments: torch.Tensor) -> torch.Tensor:
-    """How many times as long each of P passes [P, positions] took as the moments [P + 1, calls] of something else around it."""
-    return passes.mean(1) / ((moments[:-1] + moments[1:]).mean(1) / 2)
-
-
-def ratio(passes: torch.Tensor, moments: torch.Tensor) -> float:
-    """The ratio that counts: of passes of one call the median of turns().
-
-    A pass of many short steps would carry every pause of a shared machine into its mean. But others only ever slow down, and
-    seldom the same step in all passes: each step counts at its fastest, of P passes and of P moments (without the last, and
-    without the first). Of single calls the fastest agrees less from run to run than the median: it tells when a neighbour left
-    the cache alone.
-    """
-    if passes.shape[1] == 1:
-        return float(turns(passes, moments).median())
-    best = torch.stack([moments[:-1].min(0).values, moments[1:].min(0).values])
-    return float(passes.min(0).values.mean() / best.mean())
-
-
-def settled(record: dict[str, Any]) -> bool:
-    """Whether the runs next to the middle one agree with it. One run never tells, however well its passes agree: on a shared
-    machine they are of one moment."""
-    runs = record.get("runs", [record])
-    order = sorted(run.get("ratio", 0.0) if "ratios" in record else run["seconds"] for run in counted(runs))
-    middle = (len(order) - 1) // 2
-    near = order[max(0, middle - 1) : middle + 2]
-    return len(runs) >= RUNS or (len(order) > 1 and near[-1] <= SLOWER * near[0])
-
-
 class Store:
     """The results file: {"machine": …, "limits": …, "cases": {test: record}}, complete after every case."""
 
     def __init__(self, config: pytest.Config) -> None:
         self.start, self.minutes = time.monotonic(), config.getoption("minutes")
-        self.wait, self.again = config.getoption("wait"), config.getoption("again")
+        self.again = config.getoption("again")
         self.machine = device.describe()
         self.commit = commit()
         self.path: Path | None = None
@@ -175,27 +126,14 @@ class Store:
                         f"{self.path} is of {self.data['machine']['device']}, this is {device.name()}"
                     )
 
+        if (wait := config.getoption("wait")) and not device.ON_GPU and not config.getoption("benchmark_disable"):
+            best = self.data.get("best", {})
+            memory = Pace(self.reader, best.get("memory", 0.0))
+            neighbours.wait_for(memory, Pace(Product(), best.get("cores", 0.0), every=0.05), wait)
+
     @cached_property
     def reader(self) -> device.Reader:
         return device.Reader()
-
-    @cached_property
-    def memory(self) -> device.Memory:
-        return device.Memory(self.reader, self.data.get("best_read", 0.0))
-
-    def rest(self) -> float:
-        """Waits for others, as long as --wait allows; how fast memory is then."""
-        device.wait_for_quiet(BUSY, self.wait)
-        return self.memory_share(self.wait)
-
-    def memory_share(self, seconds: float = 0.0) -> float:
-        """How fast memory is, of the best that it has been on this machine: as soon as it is rested, or after `seconds`. Only
-        asked where --wait is."""
-        if device.ON_GPU or not self.wait:
-            return 1.0
-        share = self.memory.wait(seconds)
-        self.data["best_read"] = self.memory.best
-        return share
 
     def has(self, test: str) -> bool:
         record = self.data["cases"].get(test, {})
@@ -207,8 +145,8 @@ class Store:
         for _ in range(3):
             if self.data["limits"] is not None and self.data["limits"].get("others", 0.0) <= BUSY:
                 break
-            self.rest()
-            others = device.Others()
+            neighbours.before()
+            others = Others()
             self.data["limits"] = device.measure_limits()
             self.data["limits"]["others"] = 0.0 if device.ON_GPU else round(others.share(), 3)
         return dict(self.data["limits"])
@@ -222,6 +160,8 @@ class Store:
             self.data["cases"][test] = middle_run(before, record)
         elif not quieter or "failed" in record:
             self.data["cases"][test] = record
+        if neighbours.seconds:
+            self.data["best"] = {"memory": neighbours.memory.best, "cores": neighbours.cores.best}
         if self.path:  # complete at every moment
             scratch = self.path.with_suffix(".tmp")
             scratch.write_text(json.dumps(self.data, indent=1) + "\n")
@@ -267,45 +207,48 @@ class Measure:
 
         A CPU's memory and cores may be shared with others, and what they leave changes within seconds. So what a case is
         compared with is measured beside it: `against` plays what its column is held against for a moment, the same calls each
-        time, and returns their seconds, before each pass and after the last, for the ratio; and where the caches hold next to
-        nothing of what must be read, memory is read before every round, for the share."""
+        time, and returns their seconds, before each pass and after the last, for the ratio; passes between two moments at its
+        pace count, if there are any. And where the caches hold next to nothing of what must be read, memory is read before
+        every round, for the share."""
         a_pass = len(positions or [0])
         rounds = passes * a_pass
         rates: list[float] = []
         beside: list[list[float]] = []
+        column = f"{self.facts['case']}, {self.facts['column']}"
         reader = self.reader if self.reader and work and work.bytes >= self.reader.nbytes else None
         count = itertools.count(-warmup)
 
         def prepare() -> None:
             at = next(count)
             if against and at >= 0 and at % a_pass == 0:
-                beside.append(against())
+                beside.append(neighbours.moment(against, column))
             if setup:
                 setup()
             if reader:
                 rates.append(reader())
+            neighbours.rest()
 
-        before, others = 1.0 if self.small else self.store.rest(), device.Others()
+        neighbours.before()
+        others = Others()
         self.benchmark.pedantic(run, setup=prepare, rounds=rounds, warmup_rounds=warmup)
         if against:
-            beside.append(against())
+            beside.append(neighbours.moment(against, column))
         if self.small:
             return
-        if (share := min(before, self.store.memory_share())) < device.RESTED:
-            self.facts["memory"] = round(share, 3)
+        self.facts |= neighbours.after()
         times = torch.tensor(self.benchmark.stats.stats.data, dtype=torch.float64).view(passes, -1) / calls
+        reads = torch.tensor(rates[-rounds:] or [math.nan] * rounds, dtype=torch.float64).view(passes, -1)
+        if beside:
+            turns = Turns(times, torch.tensor(beside, dtype=torch.float64), neighbours.usual(column))
+            times, reads = times[turns.kept], reads[turns.kept]
+            self.facts |= {"ratio": turns.ratio(), "ratios": turns.extremes(), "counted": turns.counted}
         means = times.mean(1).sort().values
         if not device.ON_GPU:
             self.facts["others"] = round(others.share(), 3)
         seconds, rate = float(means.median()), None
         if work and rates:
-            reading = work.bytes / torch.tensor(rates[-rounds:], dtype=torch.float64).view(passes, -1).mean(1)
-            share = float((reading / times.mean(1)).median())
+            share = float((work.bytes / reads.mean(1) / times.mean(1)).median())
             rate = work.bytes / (share * seconds)
-        if beside:
-            moments = torch.tensor(beside, dtype=torch.float64)
-            each = turns(times, moments)
-            self.facts |= {"ratio": ratio(times, moments), "ratios": [float(each.min()), float(each.max())]}
         self.record(seconds, means.quantile(0.1).item(), means.quantile(0.9).item(), passes, work, rate)
         if positions and len(positions) > 1:
             parts = list(zip(positions, times.median(0).values.tolist(), strict=True))

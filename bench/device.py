@@ -7,6 +7,7 @@ CPU. So the read rate is measured at several sizes, and a case is held against t
 
 from __future__ import annotations
 
+import ctypes
 import itertools
 import math
 import mmap
@@ -23,7 +24,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench.report import RESTED
 from dalle_fast import onednn
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -38,7 +38,7 @@ VECTORS = {  # the widest first
     "avx512f": "AVX-512",
     "avx2": "AVX2",
 }
-WATCH = 60.0  # seconds until it is known how fast memory can be
+M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of mallopt
 READ_MB = (16, 32, 64, 128, 512) if not ON_GPU else (64, 256, 1024, 4096)
 
 
@@ -121,11 +121,22 @@ class Batch:
         return [(clock() - start) / times]
 
 
+def keep_freed_memory() -> None:
+    """Has malloc keep what is freed, as far as the system lets it, as torch does on a GPU. Else every large result of a peer
+    comes in new pages, which takes longer than computing it, and half as long again in some minutes."""
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt:
+        mallopt(M_MMAP_MAX, 0)
+        mallopt(M_TRIM_THRESHOLD, -1)
+
+
 def reset_peak() -> int:
-    """Forgets the highest memory use so far; returns the bytes held now."""
+    """Forgets the highest memory use so far, and what malloc keeps; returns the bytes held now."""
     if ON_GPU:
         torch.cuda.reset_peak_memory_stats()
         return torch.cuda.memory_allocated()
+    if trim := getattr(ctypes.CDLL(None), "malloc_trim", None):
+        trim(0)
     try:
         Path("/proc/self/clear_refs").write_text("5")
         return _status("VmRSS")
@@ -144,62 +155,6 @@ def _status(key: str) -> int:
     except OSError:
         return 0
     return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(key)), 0)
-
-
-class Others:
-    """How busy other processes keep the CPU: measurements among busy neighbours are worth little."""
-
-    def __init__(self) -> None:
-        self.start = self._now()
-
-    @staticmethod
-    def _now() -> tuple[float, float, float]:
-        """Seconds: of the clock, of all work on all cores, of our own work."""
-        try:
-            fields = Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:]
-        except OSError:
-            return time.perf_counter(), 0.0, 0.0
-        idle = int(fields[3]) + int(fields[4])
-        busy = (sum(map(int, fields[:8])) - idle) / os.sysconf("SC_CLK_TCK")
-        own = os.times()
-        return time.perf_counter(), busy, own.user + own.system + own.children_user + own.children_system
-
-    def share(self) -> float:
-        """Of all cores, since this was made; 0 where the system does not tell."""
-        clock_now, busy, own = (b - a for a, b in zip(self.start, self._now(), strict=True))
-        return min(1.0, max(0.0, (busy - own) / (clock_now * (os.cpu_count() or 1))))
-
-
-def wait_for_quiet(most: float, seconds: float) -> None:
-    """Until others keep the CPU busy for less than this share, but no longer than `seconds`."""
-    end = time.monotonic() + seconds
-    while time.monotonic() < end:
-        others = Others()
-        time.sleep(0.5)
-        if others.share() < most:
-            return
-
-
-class Memory:
-    """How fast memory is against the best that it has been. A machine may share it with others that come and go within a
-    minute, and what streams its weights is slower meanwhile, beside something that does not."""
-
-    def __init__(self, read: Callable[[], float], best: float = 0.0) -> None:
-        self.read, self.best = read, best  # bytes/s
-        self.known_from = -math.inf if best else math.inf  # the moment from which on `best` can be believed
-
-    def wait(self, seconds: float) -> float:
-        """Until it is at RESTED of the best, but no longer than `seconds`; the share that it is at then. In the first WATCH
-        seconds nobody knows what is best."""
-        start = time.monotonic()
-        self.known_from = min(self.known_from, start + WATCH)
-        while True:
-            rate = max(self.read() for _ in range(3))
-            self.best = max(self.best, rate)
-            now = time.monotonic()
-            if now - start >= seconds or (now >= self.known_from and rate >= RESTED * self.best):
-                return rate / self.best
-            time.sleep(1)
 
 
 # Limits.

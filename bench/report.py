@@ -29,8 +29,8 @@ DOCUMENTS = ("README.md", "docs/performance.md")
 BLOCK = re.compile(r"(<!-- bench: (.*?) -->\n).*?(<!-- /bench -->)", re.DOTALL)
 FIGURE = re.compile(r"(<!-- figure: ([^>]*?) -->).*?(<!-- /figure -->)", re.DOTALL)
 QUANTIZED = ("int8", "int4")
-BUSY = 0.1  # share of the machine that others may use meanwhile; what was measured among more is marked
-RESTED = 0.9  # of the best rate that memory has had: less is a neighbour's doing, and is marked
+BUSY = 0.1  # share of the machine that other processes may use meanwhile, or of the moments that other machines may
+RESTED = 0.7  # of the best pace that memory, or the cores, have had: less is another machine's doing
 SLOWER = 1.15  # two runs on one quiet machine agree within this
 
 Record = dict[str, Any]
@@ -48,8 +48,11 @@ def ours(record: Record) -> bool:
 
 
 def disturbed(record: Record) -> bool:
-    """By other processes, or by a neighbour of the memory."""
-    return bool(record.get("others", 0.0) > BUSY or record.get("memory", 1.0) < RESTED)
+    """By other processes, or by other machines on the same memory or the same cores. Marked, and measured again."""
+    busy = max(record.get("others", 0.0), record.get("in_vain", 0.0)) > BUSY
+    passes = record.get("passes", 0)
+    few = 3 * record.get("counted", passes) < passes
+    return bool(busy or few or record.get("memory", 1.0) < RESTED)
 
 
 def value(record: Record) -> float | None:
@@ -145,7 +148,9 @@ def table(title: str, records: list[Record]) -> str:
         lines.append(f"| {name} | {dtype} | {' | '.join(cell(found.get(c), base[c]) for c in columns)} |")
     reasons = {f"{r['contender']}: {r[how]}" for r in records for how in ("skipped", "failed") if how in r}
     if any(disturbed(r) for r in records):
-        reasons.add(f"†: others used more than {100 * BUSY:.0f} % of the machine meanwhile, or of its memory")
+        reasons.add(
+            f"†: others used more than {100 * BUSY:.0f} % of the machine meanwhile, or its memory or cores were not at rest"
+        )
     lines += [""] * bool(reasons) + [f"- {reason}" for reason in sorted(reasons)]
     return "\n".join(lines) + "\n"
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 import os
 import re
 import subprocess
@@ -18,8 +19,8 @@ import torch
 sys.path.append(str(Path(__file__).resolve().parent.parent))  # bench/ is not installed
 
 from bench import device, report, work
-from bench.conftest import middle_run, ratio, settled
 from bench.device import describe, floor
+from bench.turns import Turns, middle_run, settled
 from dalle_fast import cpu_backend
 from dalle_fast.config import ModelConfig
 
@@ -136,13 +137,21 @@ def test_neighbours_that_come_and_go_do_not_change_a_ratio() -> None:
 
     case = torch.linspace(3.0, 6.0, 100, dtype=torch.float64).expand(5, -1)
     other = torch.linspace(1.0, 2.0, 1000, dtype=torch.float64).expand(6, -1)
-    assert ratio(case, other) == pytest.approx(3.0)
-    assert ratio(slowed(case), slowed(other)) == pytest.approx(3.0, rel=0.1)
+    assert Turns(case, other, math.inf).ratio() == pytest.approx(3.0)
+    assert Turns(slowed(case), slowed(other), math.inf).ratio() == pytest.approx(3.0, rel=0.1)
     # Both sides are looked at equally often: of one pass, no moment is picked.
-    assert ratio(case[:1], other[:2] * torch.tensor([[1.0], [3.0]])) == pytest.approx(1.5)
-    # Of a single call a pass, the moments around it.
-    times = torch.tensor([[6.0], [60.0], [6.0]], dtype=torch.float64)
-    assert ratio(times, torch.tensor([[2.0], [2.0], [38.0], [2.0]], dtype=torch.float64)) == pytest.approx(3.0)
+    assert Turns(case[:1], other[:2] * torch.tensor([[1.0], [3.0]]), math.inf).ratio() == pytest.approx(1.5)
+
+
+def test_passes_count_between_moments_at_their_pace() -> None:
+    """A neighbour slows the case, and what plays beside it less: the passes beside it tell nothing, however fast they are."""
+    times = torch.tensor([[6.0], [9.0], [3.0], [6.1]], dtype=torch.float64)
+    moments = torch.tensor([[2.0], [2.0], [2.4], [2.0], [2.02]], dtype=torch.float64)
+    turns = Turns(times, moments, usual=2.0)
+    assert turns.counted == 2 and turns.passes[:, 0].tolist() == [6.0, 6.1]
+    assert turns.ratio() == pytest.approx(3.0, rel=0.02) and turns.extremes()[1] < 3.1
+    none = Turns(times, moments, usual=1.0)  # rather all than none
+    assert none.counted == 0 and len(none.passes) == 4 and none.extremes()[1] == pytest.approx(4.5, rel=0.1)
 
 
 def test_runs_of_a_case_are_joined_by_their_median(tmp_path: Path) -> None:
@@ -150,8 +159,8 @@ def test_runs_of_a_case_are_joined_by_their_median(tmp_path: Path) -> None:
     limits = {"read": {"1000000": 1e10}, "copy": 1e10, "matmul": {"bfloat16": 1e11, "float32": 1e11}}
     path.write_text(json.dumps({"machine": describe(), "limits": limits, "cases": {}}))
     (tmp_path / "never_settled.py").write_text(
-        "from bench import conftest, device\nconftest.settled = lambda record: False\n"
-        "device.Others.share = lambda self: 0.0\n"  # of runs among others fewer would count
+        "from bench import conftest, neighbours\nconftest.settled = lambda record: False\n"
+        "neighbours.Others.share = lambda self: 0.0\n"  # of runs among others fewer would count
     )
     for runs in range(1, 4):
         done = bench("-p", "never_settled", "--all", "--again", "--results", str(path), folder=tmp_path, what=CASE)
@@ -347,8 +356,8 @@ def test_what_ran_beside_a_busy_memory_says_so_and_runs_again(tmp_path: Path) ->
     path.write_text(json.dumps({"machine": describe(), "limits": limits, "cases": {}}))
     for wait, others, expected in (("1", 0.0, 0.5), ("0", 0.05, None)):  # only who waits asks for it
         (tmp_path / "busy.py").write_text(
-            "from bench import device\ndevice.Memory.wait = lambda self, seconds: 0.5\n"
-            f"device.Others.share = lambda self: {others}\n"
+            "from bench import neighbours\nneighbours.Pace.wait = lambda self, seconds: 0.5\n"
+            f"neighbours.Others.share = lambda self: {others}\n"
         )
         done = bench("-p", "busy", "--all", "--wait", wait, "--results", str(path), folder=tmp_path, what=CASE)
         assert done.returncode == 0 and "1 passed" in done.stdout, done.stdout[-3000:]
