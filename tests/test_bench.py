@@ -159,8 +159,8 @@ def test_runs_of_a_case_are_joined_by_their_median(tmp_path: Path) -> None:
     limits = {"read": {"1000000": 1e10}, "copy": 1e10, "matmul": {"bfloat16": 1e11, "float32": 1e11}}
     path.write_text(json.dumps({"machine": describe(), "limits": limits, "cases": {}}))
     (tmp_path / "never_settled.py").write_text(
-        "from bench import conftest, neighbours\nconftest.settled = lambda record: False\n"
-        "neighbours.Others.share = lambda self: 0.0\n"  # of runs among others fewer would count
+        "from bench import conftest, turns\nconftest.settled = lambda record: False\n"
+        "turns.disturbed = lambda record: False\n"  # of disturbed runs fewer would count
     )
     for runs in range(1, 4):
         done = bench("-p", "never_settled", "--all", "--again", "--results", str(path), folder=tmp_path, what=CASE)

@@ -56,7 +56,7 @@ def test_runs_beside_a_busy_memory_count_only_where_there_are_no_others() -> Non
 
 
 def test_a_record_beside_a_busy_memory_is_marked() -> None:
-    record = {"case": "c", "column": "x", "contender": "peer", "dtype": "float32", "seconds": 1e-3, "memory": 0.7}
+    record = {"case": "c", "column": "x", "contender": "peer", "dtype": "float32", "seconds": 1e-3, "memory": 0.6}
     assert report.cell(record, None) == "1.00 ms †" and report.cell({**record, "memory": 0.95}, None) == "1.00 ms"
 
 
@@ -105,7 +105,7 @@ def test_the_parts_of_a_measurement_wait_for_the_cores(clock: list[float], waiti
 def test_a_moment_is_played_again_until_it_is_at_its_pace(clock: list[float], waiting: Any) -> None:
     found, _ = waiting
     found.before()
-    times = iter([1.0, 1.02, 1.5, 1.4, 1.01, *itertools.repeat(2.0)])
+    times = itertools.chain([1.0, 1.02, 1.5, 1.4, 1.01], itertools.repeat(2.0))
 
     def play() -> list[float]:
         clock[0] += 1
