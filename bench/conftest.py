@@ -242,6 +242,7 @@ class Measure:
             turns = Turns(times, torch.tensor(beside, dtype=torch.float64), neighbours.usual(column))
             times, reads = times[turns.kept], reads[turns.kept]
             self.facts |= {"ratio": turns.ratio(), "ratios": turns.extremes(), "counted": turns.counted}
+            self.facts["beside"] = turns.beside()
         means = times.mean(1).sort().values
         if not device.ON_GPU:
             self.facts["others"] = round(others.share(), 3)

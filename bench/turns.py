@@ -35,6 +35,10 @@ class Turns:
     def extremes(self) -> list[float]:
         return [float(self.each().min()), float(self.each().max())]
 
+    def beside(self) -> float:
+        """Seconds of a call of what the passes were taken in turns with."""
+        return float(((self.before + self.after).mean(1) / 2).quantile(0.25))
+
     def ratio(self) -> float:
         """The one that counts: of passes of one call the lower quartile, against that of the moments.
 
@@ -42,15 +46,17 @@ class Turns:
         disturbed in all passes: each counts at its fastest, of the passes, of the moments before and of those after them.
         """
         if self.passes.shape[1] == 1:
-            beside = (self.before + self.after).mean(1) / 2
-            return float(self.passes.quantile(0.25) / beside.quantile(0.25))
+            return float(self.passes.quantile(0.25)) / self.beside()
         beside = self.before.min(0).values.mean() + self.after.min(0).values.mean()
         return float(2 * self.passes.min(0).values.mean() / beside)
 
 
 def counted(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Those that nobody disturbed, if there are any."""
-    return [run for run in runs if not disturbed(run)] or runs
+    """Those that nobody disturbed, if there are any, and of these, those beside which the other side of the ratio took no
+    longer than HASTE times its fastest: some neighbours stay for longer than a run."""
+    runs = [run for run in runs if not disturbed(run)] or runs
+    fastest = min(run.get("beside", 0.0) for run in runs)
+    return [run for run in runs if run.get("beside", 0.0) <= HASTE * fastest]
 
 
 def noise(run: dict[str, Any]) -> tuple[bool, float, float]:

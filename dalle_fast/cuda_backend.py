@@ -11,12 +11,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from dalle_fast.backends import Call
 from dalle_fast.masks import Mask
 from dalle_fast.packing import Branch, PackedWeight
+from dalle_fast.torch_backend import many_rows
 
 DTYPES = {torch.bfloat16: "bfloat16", torch.float16: "float16", torch.float32: "float32"}
 DECODES = ("decode_attention", "decode_attention_fp8")
@@ -286,23 +286,6 @@ def join(
             describe(x.device).dependent_launch, stream(x),
         )  # fmt: skip
     return y
-
-
-def many_rows(
-    x: Tensor, weight: PackedWeight, bias: Tensor | None, residual: Tensor | None, epilogue: str, parts: int
-) -> Tensor:
-    """What follows join, by cuBLAS, of any number of rows and a dense weight, whose bias is here in x's type."""
-    scale = weight.scale
-    y = F.linear(x, weight.data, bias if scale is None else None)
-    if scale is not None:
-        y = y * scale.to(y.dtype) if bias is None else torch.addcmul(bias, y, scale.to(y.dtype))
-    if epilogue == "geglu":
-        value, gate = y.chunk(2, dim=-1)
-        y = value * F.gelu(gate)
-    elif epilogue != "none":
-        y = F.gelu(y, approximate="tanh" if epilogue == "gelu_tanh" else "none")
-    y = y if residual is None else residual + y
-    return y.view(len(y), parts, -1).transpose(0, 1)
 
 
 def skinny_linear(

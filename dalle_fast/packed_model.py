@@ -191,7 +191,7 @@ class PackedLinear:
         """_rows of a dense weight by cuBLAS; skinny_linear would cast the bias each time."""
         if self.norm is not None:
             x = join(x, self.norm, self.norm_eps, branch)
-        return cuda_backend.many_rows(x, self.weight, self.bias, residual, self.epilogue, parts)
+        return torch_backend.many_rows(x, self.weight, self.bias, residual, self.epilogue, parts)
 
     def _rows(self, x: Tensor, residual: Tensor | None, parts: int | None, branch: Branch | None) -> Tensor:
         """[rows, K] -> [parts, rows, O / parts]."""

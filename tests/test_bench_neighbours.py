@@ -55,6 +55,12 @@ def test_runs_beside_a_busy_memory_count_only_where_there_are_no_others() -> Non
     assert counted([slow, fast, old]) == [fast, old] and counted([slow]) == [slow]
 
 
+def test_runs_count_beside_which_the_other_side_was_fastest() -> None:
+    """Whatever their own ratio: a neighbour that stays for a whole run is seen by the next."""
+    runs = [{"ratio": 15.0, "beside": 4.0e-4}, {"ratio": 11.9, "beside": 3.0e-4}, {"ratio": 12.1, "beside": 3.1e-4}]
+    assert counted(runs) == runs[1:] and counted(runs[:1]) == runs[:1]
+
+
 def test_a_record_beside_a_busy_memory_is_marked() -> None:
     record = {"case": "c", "column": "x", "contender": "peer", "dtype": "float32", "seconds": 1e-3, "memory": 0.6}
     assert report.cell(record, None) == "1.00 ms †" and report.cell({**record, "memory": 0.95}, None) == "1.00 ms"

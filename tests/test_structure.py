@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parent.parent
 # Each module imports only from those before it. A new module gets its place here.
 ORDER = [
     *("layout", "masks", "quantize", "packing", "reference", "backends", "logits"),
-    *("kernels", "torch_backend", "cpu_backend", "triton_backend", "cuda_backend"),
+    *("kernels", "torch_attention", "torch_backend", "cpu_backend", "triton_backend", "cuda_backend"),
     *("ops", "linear", "config", "cache", "weights", "passes", "model"),
     *("planning", "onednn", "engine", "cpu_engine", "packed_model", "graph_engine", "loading", "sampling"),
     *(
