@@ -62,10 +62,12 @@ def value(record: Record) -> float | None:
 
 
 def baseline(records: list[Record]) -> Record | None:
-    """Of one column: our best that does not quantize, if there is one, which all others are held against."""
+    """Of one column: our best that does not quantize, if there is one, which all others are held against. Best in turns: by
+    their times, which may lie hours apart, it would be another from run to run."""
     mine = [r for r in records if ours(r) and value(r)]
     mine = [r for r in mine if r["dtype"] not in QUANTIZED] or mine
-    return min(mine, key=lambda r: value(r) or 0.0, default=None)
+    in_turns = all("ratio" in r for r in mine)
+    return min(mine, key=lambda r: (r["ratio"] if in_turns else 0.0, value(r) or 0.0), default=None)
 
 
 def ratio(one: Record, other: Record) -> float | None:

@@ -94,8 +94,9 @@ def test_how_many_ratios_of_two_whole_runs_agree() -> None:
     text = " ".join((ROOT / "docs/performance.md").read_text().split())
     for waited in (True, False):
         some = [(a, b) for a, b in pairs if ("counted" in a) == waited]
-        once_, now = (f"{len(some) - apart(of)} of {len(some)}" for of in (once(some), some))
-        assert f"after one run each {once_} ratios agreed, {now} now" in text
+        first, now = (f"{len(some) - apart(of)} of {len(some)}" for of in (once(some), some))
+        assert f"after one run each {first} ratios agreed, " in text and f" {now}. " in text
+    assert apart(pairs) == 0
 
 
 def test_scenes_in_the_readme_are_those_measured() -> None:
