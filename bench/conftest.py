@@ -2,8 +2,7 @@
 
 pytest bench                               the most important cases, and the table
 pytest bench --all --minutes 12 --results bench/results     all of them, into bench/results/DATE-DEVICE.json; what
-                                           stands in that file already is not measured again, unless other processes
-                                           kept more than BUSY of the machine busy meanwhile
+                                           stands in that file already is not measured again, unless it was disturbed
 pytest bench --all --wait 180 --results FILE               on a machine that others share: while it is as fast as it can be
 pytest bench --all --again --results FILE  all of them once more, then those that are not settled: of a case's runs the
                                            median ratio counts, and others must agree with it, but for five runs

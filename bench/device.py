@@ -122,8 +122,8 @@ class Batch:
 
 
 def keep_freed_memory() -> None:
-    """Has malloc keep what is freed, as far as the system lets it, as torch does on a GPU. Else every large result of a peer
-    comes in new pages, which takes longer than computing it, and half as long again in some minutes."""
+    """Has malloc keep what is freed, where it is glibc's, as torch's allocator does on a GPU. Else large results come in new
+    pages each time, and what those cost changes by the minute."""
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt:
         mallopt(M_MMAP_MAX, 0)

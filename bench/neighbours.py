@@ -1,8 +1,8 @@
 """Who else is on the machine: other processes, and other machines on the same processor, and waiting for them to rest.
 
-A virtual machine's cores are threads of cores whose other threads belong to somebody else. While those work, what fills a
-core's units takes up to twice as long, what waits for memory or for Python hardly longer, and a ratio of the two tells
-nothing. They come and go within seconds to minutes, and the system does not say so: only the pace of something known does.
+A virtual machine's cores may be threads of cores whose other threads belong to somebody else. While those work, what fills a
+core's units slows down more than what waits for memory (bench/results/2026-11-30-neighbours.json), and a ratio of the two tells
+little. They come and go within seconds to minutes, and the system does not say so: only the pace of something known does.
 """
 
 from __future__ import annotations

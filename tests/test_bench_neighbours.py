@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,7 +14,6 @@ import pytest
 sys.path.append(str(Path(__file__).resolve().parent.parent))  # bench/ is not installed
 
 from bench import neighbours, report
-from bench.turns import counted
 
 
 @pytest.fixture
@@ -48,17 +48,6 @@ def test_no_longer_than_asked(clock: list[float]) -> None:
     memory = neighbours.Pace(lambda: 48.0, best=76.0)
     assert memory.wait(30) == pytest.approx(48 / 76) and clock[0] == 1030
     assert memory.wait(0) < report.RESTED and clock[0] == 1030
-
-
-def test_runs_beside_a_busy_memory_count_only_where_there_are_no_others() -> None:
-    slow, fast, old = {"ratio": 6.0, "memory": 0.6}, {"ratio": 10.0, "memory": 0.95}, {"ratio": 9.0}
-    assert counted([slow, fast, old]) == [fast, old] and counted([slow]) == [slow]
-
-
-def test_runs_count_beside_which_the_other_side_was_fastest() -> None:
-    """Whatever their own ratio: a neighbour that stays for a whole run is seen by the next."""
-    runs = [{"ratio": 15.0, "beside": 4.0e-4}, {"ratio": 11.9, "beside": 3.0e-4}, {"ratio": 12.1, "beside": 3.1e-4}]
-    assert counted(runs) == runs[1:] and counted(runs[:1]) == runs[:1]
 
 
 def test_a_record_beside_a_busy_memory_is_marked() -> None:
@@ -122,6 +111,29 @@ def test_a_moment_is_played_again_until_it_is_at_its_pace(clock: list[float], wa
     assert found.moment(play, "x") == [2.0] and found.left == 0.0  # no longer than it may
     start = clock[0]
     assert found.moment(play, "y") == [2.0] and clock[0] == start + 1  # another
+
+
+def test_freed_memory_is_kept_while_measuring_and_does_not_count() -> None:
+    """After some, 50 results of 64 MB in a row take no new pages; what is kept is given back before a peak is looked for."""
+    program = """
+import resource, sys
+sys.path.append(sys.argv[1])
+import torch
+from bench import device
+faults = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+device.keep_freed_memory()
+for _ in range(20):
+    torch.ones(2**24)
+before = faults()
+for _ in range(50):
+    torch.ones(2**24)
+assert faults() - before < 2**14, faults() - before
+held = device._status("VmRSS")
+assert held - device.reset_peak() > 2**25
+"""
+    root = str(Path(__file__).resolve().parent.parent)
+    done = subprocess.run([sys.executable, "-c", program, root], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-1000:]
 
 
 def test_nobody_waits_unasked(clock: list[float]) -> None:
