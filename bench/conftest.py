@@ -68,8 +68,6 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     smoke = config.getoption("benchmark_disable")
     if smoke:
         torch.set_num_threads(1)  # toy sizes gain nothing from threads, and wait for each other where cores are busy
-    else:
-        device.keep_freed_memory()
     for item in items:
         item.add_marker(pytest.mark.benchmark(timer=device.clock, group=item.originalname, warmup=False))  # type: ignore[attr-defined]
         item.add_marker(pytest.mark.timeout(600))
@@ -229,9 +227,10 @@ class Measure:
 
         neighbours.before()
         others = Others()
-        self.benchmark.pedantic(run, setup=prepare, rounds=rounds, warmup_rounds=warmup)
-        if against:
-            beside.append(neighbours.moment(against, column))
+        with device.freed_memory_kept():
+            self.benchmark.pedantic(run, setup=prepare, rounds=rounds, warmup_rounds=warmup)
+            if against:
+                beside.append(neighbours.moment(against, column))
         if self.small:
             return
         self.facts |= neighbours.after()
@@ -293,6 +292,7 @@ def measure(request: pytest.FixtureRequest, benchmark: Any) -> Measure:
         pytest.skip("no time left")
     if not made.small:
         made.store.limits()
+        made.held = device.reset_peak()
     return made
 
 

@@ -15,7 +15,8 @@ import os
 import platform
 import statistics
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from datetime import date
 from functools import partial
 from pathlib import Path
@@ -121,22 +122,31 @@ class Batch:
         return [(clock() - start) / times]
 
 
-def keep_freed_memory() -> None:
-    """Has malloc keep what is freed, where it is glibc's, as torch's allocator does on a GPU. Else large results come in new
-    pages each time, and what those cost changes by the minute."""
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt:
-        mallopt(M_MMAP_MAX, 0)
-        mallopt(M_TRIM_THRESHOLD, -1)
+@contextmanager
+def freed_memory_kept() -> Iterator[None]:
+    """Has malloc keep what is freed meanwhile, where it is glibc's, as torch's allocator does on a GPU. Else large results come
+    in new pages each time, and what those cost changes by the minute. No longer: what is held would be no measure of use."""
+    libc = ctypes.CDLL(None)
+    if not hasattr(libc, "mallopt"):
+        yield
+        return
+    libc.mallopt(M_MMAP_MAX, 0)
+    libc.mallopt(M_TRIM_THRESHOLD, -1)
+    try:
+        yield
+    finally:
+        libc.mallopt(M_MMAP_MAX, 65536)  # the defaults
+        libc.mallopt(M_TRIM_THRESHOLD, 128 * 1024)
+        libc.malloc_trim(0)
 
 
 def reset_peak() -> int:
-    """Forgets the highest memory use so far, and what malloc keeps; returns the bytes held now."""
+    """Forgets the highest memory use so far; returns the bytes held now."""
     if ON_GPU:
         torch.cuda.reset_peak_memory_stats()
         return torch.cuda.memory_allocated()
     if trim := getattr(ctypes.CDLL(None), "malloc_trim", None):
-        trim(0)
+        trim(0)  # else what a case finds free, and fills, would not count
     try:
         Path("/proc/self/clear_refs").write_text("5")
         return _status("VmRSS")
