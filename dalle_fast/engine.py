@@ -114,6 +114,7 @@ class TorchEngine:
                 self.config, text.shape[0], candidates, chunk=self.chunk, dtype=weight.dtype, fp8_tails=self.fp8_tails,
                 device=weight.device,
             )  # fmt: skip
+            self._lay_out()
         with backends.use(self.backend):
             return at_least_float32(self.model.prefill(text.to(weight.device), self.cache))
 
@@ -133,6 +134,11 @@ class TorchEngine:
     def fork(self, candidates: int) -> None:
         assert self.cache is not None, "prefill comes first"
         self.cache.fork(candidates)
+        self._lay_out()
+
+    def _lay_out(self) -> None:
+        if isinstance(self.model, onednn.OneDnnModel) and self.cache is not None:
+            self.model.lay_out(self.cache.batch * self.chunk)
 
     def nbytes(self) -> int:
         return 0 if self.cache is None else self.cache.nbytes()

@@ -209,7 +209,7 @@ class Mask:
         """([cells, max_neighbours] int16, [cells] counts): the cells that each cell reads, ascending, itself last."""
         return _neighbours(self)
 
-    @property
+    @cached_property  # asked for at each step
     def reach(self) -> int:
         """The largest distance from a cell back to a neighbour."""
         table, _ = self.neighbours()

@@ -56,16 +56,18 @@ class Block(nn.Module):
         h = self.mlp_norm(x)
         if self.config.token_shift:
             h = run.shift(2 * self.index + 1, h)
-        h = self.up(h)
-        if self.config.activation == "geglu":
-            value, gate = h.chunk(2, dim=-1)
-            h = value * F.gelu(gate)
-        else:
-            h = F.gelu(h, approximate="tanh" if self.config.activation == "gelu_tanh" else "none")
-        h = self.down(h)
+        h = self.down(self.hidden(h))
         if self.config.sandwich_norm:
             h = self.mlp_norm_out(h)
         return h * self.mlp_scale if self.config.layer_scale else h  # type: ignore[no-any-return]
+
+    def hidden(self, h: Tensor) -> Tensor:
+        """[..., d] -> [..., hidden]: the MLP's first product and its activation."""
+        h = self.up(h)
+        if self.config.activation == "geglu":
+            value, gate = h.chunk(2, dim=-1)
+            return value * F.gelu(gate)
+        return F.gelu(h, approximate="tanh" if self.config.activation == "gelu_tanh" else "none")
 
 
 class DalleModel(nn.Module):

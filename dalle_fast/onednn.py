@@ -1,23 +1,31 @@
-"""The plain model for decoding on a CPU through PyTorch: linear layers whose weights oneDNN has laid out once, for itself.
+"""The plain model for decoding on a CPU through PyTorch: linear layers whose weights are laid out for the rows of a step.
 
 F.linear on a few rows reads a weight at a fraction of the memory's speed and, in float32, through a library that is slow on
-some processors. These are the operators that torch.compile calls for frozen weights; here without a compiler. Measured on two
-Zen 4 cores, 4096 x 512, weights from memory: 8 rows in float32 439 µs against 902, in bfloat16 193 against 347; one row 437
-against 824 and 209 against 299.
+some processors. TiledLinear calls what torch.compile calls for frozen weights, here without a compiler: oneDNN, on a layout of
+its own. Measured on two Zen 4 cores, 4096 x 512, weights from memory: 8 rows in float32 439 µs against 902, in bfloat16 193
+against 347; one row 437 against 824 and 209 against 299.
+
+Where AMX is, oneDNN multiplies a single row as if it were a tile of sixteen. SummedLinear takes it for what it is, a weighted
+sum of the rows of Wᵀ, which PyTorch has as embedding_bag (FBGEMM's, which streams). Both, and the other products that PyTorch
+has, through all linear layers of a model on two cores of a Xeon: bench/results/2026-11-30-torch-linear-layers.json.
 """
 
 from __future__ import annotations
 
+from functools import lru_cache, partial
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dalle_fast.model import Block, DalleModel
 
-# The layout is made for so many rows, and serves any. With AMX, the one for 8 rows is faster than that for 1 wherever there are
-# more (bfloat16, 512 x 2048: 8 rows 81 µs against 110, 32 rows 85 against 184). For one row neither was faster in all runs, and
-# with AVX-512 alone there is no difference.
+# oneDNN's layout is made for so many rows, and serves any. With AMX, the one for 8 rows is faster than that for 1 wherever
+# there are more (bfloat16, 512 x 2048: 8 rows 81 µs against 110, 32 rows 85 against 184); with AVX-512 alone there is no
+# difference.
 ROWS = 8
-LINEAR = ("qkv", "out", "up", "down")
+BAG = 128  # columns: with 64, 256 and 512 it was not faster
+GELU = {"gelu_tanh": "tanh", "gelu": "none"}  # the models' names of it -> PyTorch's
 
 
 def why_not(weight: Tensor) -> str | None:
@@ -34,42 +42,106 @@ def why_not(weight: Tensor) -> str | None:
     return None if supported else "oneDNN has no bfloat16 on this processor"
 
 
-class PackedLinear(nn.Module):
-    """x [..., K] -> x Wᵀ + b [..., O]. Holds the weight in oneDNN's own layout only. Inference only."""
+def sums_rows() -> bool:
+    """Whether a single row is multiplied by summing up the rows of Wᵀ."""
+    return "fbgemm" in torch.backends.quantized.supported_engines and torch.cpu._is_amx_tile_supported()
 
-    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
-        super().__init__()
+
+class TiledLinear:
+    """activation(x Wᵀ + b) of x [..., K]: [..., O], fastest for several rows: oneDNN's layout. Inference only.
+
+    No nn.Module, like the other: calling one costs as much as some of what a step computes.
+    """
+
+    def __init__(self, weight: Tensor, bias: Tensor | None, gelu: str | None) -> None:
+        """gelu: "tanh" or "none", as F.gelu's approximate; None for no activation."""
         self.packed: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight.detach().contiguous(), ROWS)
         self.bias = None if bias is None else bias.detach().contiguous()
+        self.gelu = gelu
+        self.activation: tuple[str, list[float], str] = ("none", [], "") if gelu is None else ("gelu", [], gelu)
 
-    def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, "none", [], "")
+    def dense(self) -> Tensor:
+        """The weight [O, K]."""
+        return self.packed.to_dense()
+
+    def __call__(self, x: Tensor) -> Tensor:
+        y: Tensor = torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, *self.activation)
         return y
+
+
+class SummedLinear:
+    """The same, fastest for one row: a sum of the rows of Wᵀ, of which each of N bags has O / N columns."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None, gelu: str | None) -> None:
+        outputs, inputs = weight.shape
+        count = next(n for n in range(max(1, outputs // BAG), 0, -1) if outputs % n == 0)
+        self.tables = weight.detach().view(count, -1, inputs).transpose(1, 2).contiguous()  # [N, K, O / N]
+        self.bias = None if bias is None else bias.detach().contiguous()
+        self.gelu = gelu
+        self.bags = _bags(count, inputs)
+
+    def dense(self) -> Tensor:
+        """The weight [O, K]."""
+        return self.tables.transpose(1, 2).flatten(0, 1)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        count, inputs, _ = self.tables.shape
+        rows = x.reshape(-1, inputs)
+        if len(rows) == 1:
+            weights = rows.expand(count, -1).reshape(-1)
+            y = torch._embedding_bag_forward_only(self.tables.flatten(0, 1), *self.bags, per_sample_weights=weights)[0]
+        else:
+            y = (rows @ self.tables).transpose(0, 1)  # [rows, N, O / N]
+        y = y.reshape(*x.shape[:-1], -1)
+        y = y if self.bias is None else y.add_(self.bias)
+        return y if self.gelu is None else F.gelu(y, approximate=self.gelu)
+
+
+@lru_cache(maxsize=64)
+def _bags(count: int, inputs: int) -> tuple[Tensor, Tensor]:
+    """What each bag sums up, the rows of its own table one after the other, and where it begins: [N * K] and [N]."""
+    return torch.arange(count * inputs, dtype=torch.int32), torch.arange(0, count * inputs, inputs, dtype=torch.int32)
 
 
 class OneDnnModel(DalleModel):
     """A DalleModel that draws, and only that. It shares all tensors of `model` but those of the linear layers, which it holds
-    packed; whoever lets go of `model` holds them once."""
+    laid out; whoever lets go of `model` holds them once."""
 
     def __init__(self, model: DalleModel) -> None:
         nn.Module.__init__(self)
         self.__dict__.update(model.__dict__)
         self._modules = dict(model._modules)
-        self._modules["blocks"] = nn.ModuleList(_packed(block) for block in model.blocks if isinstance(block, Block))
+        self._modules["blocks"] = nn.ModuleList(_twin(block) for block in model.blocks if isinstance(block, Block))
         text = model.config.text_logits
-        self.image_head = PackedLinear(model.head.weight[text:], model.head.bias[text:])
+        self.image_head = TiledLinear(model.head.weight[text:], model.head.bias[text:], None)
 
     def image_logits(self, x: Tensor) -> Tensor:
-        logits: Tensor = self.image_head(self.final_norms(x))
-        return logits
+        return self.image_head(self.final_norms(x))
+
+    def lay_out(self, rows: int) -> None:
+        """Makes steps of so many rows as fast as can be. Steps of others compute the same."""
+        kind = SummedLinear if rows == 1 and sums_rows() else TiledLinear
+        for holder in (*self.blocks, self):
+            for name, x in list(holder.__dict__.items()):
+                if isinstance(x, SummedLinear | TiledLinear) and not isinstance(x, kind):
+                    holder.__dict__[name] = kind(x.dense(), x.bias, x.gelu)
 
 
-def _packed(block: Block) -> Block:
+def _twin(block: Block) -> Block:
+    """Its linear layers and norms are plain callables."""
     twin = Block.__new__(Block)
     nn.Module.__init__(twin)
     twin.__dict__.update(block.__dict__)
-    twin._modules = dict(block._modules)
-    for name in LINEAR:
-        linear = getattr(block, name)
-        twin._modules[name] = PackedLinear(linear.weight, linear.bias)
+    twin._modules = {}
+    gelu = GELU.get(block.config.activation)
+    layers = {"qkv": "qkv", "out": "out", "up" if gelu is None else "hidden": "up", "down": "down"}
+    for name, source in layers.items():
+        linear = getattr(block, source)
+        twin.__dict__[name] = TiledLinear(linear.weight, linear.bias, gelu if name == "hidden" else None)
+    for name, norm in block._modules.items():
+        if isinstance(norm, nn.LayerNorm):
+            shape = norm.normalized_shape
+            twin.__dict__[name] = partial(
+                torch.layer_norm, normalized_shape=shape, weight=norm.weight, bias=norm.bias, eps=norm.eps
+            )
     return twin

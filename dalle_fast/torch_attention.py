@@ -214,8 +214,8 @@ class _Reads(NamedTuple):
 
 
 @lru_cache(maxsize=64)
-def _reads(mask: Mask, slots: int, device: torch.device) -> _Reads:
-    tables = mask.decode_tables(slots)
+def _reads(mask: str, slots: int, device: torch.device) -> _Reads:
+    tables = Mask.parse(mask).decode_tables(slots)
     table, counts = torch.from_numpy(tables.slots).long(), torch.from_numpy(tables.counts)
     unread = torch.arange(table.shape[1]) >= counts[:, None]
     runs: list[slice | Tensor] = []
@@ -232,6 +232,8 @@ def _over_text(q: Tensor, prefix_k: Tensor, prefix_v: Tensor) -> tuple[Tensor, T
     """Candidates of one prompt are rows of one product with its prefix: [P, H, N * n, D]."""
     batch, heads, n, dim = q.shape
     prompts = prefix_k.shape[0]
+    if batch == prompts:
+        return _piece(q, prefix_k, prefix_v)
     rows = q.view(prompts, -1, heads, n, dim).transpose(1, 2).reshape(prompts, heads, -1, dim)
     out, lse = _piece(rows, prefix_k, prefix_v)
     out = out.view(prompts, heads, -1, n, dim).transpose(1, 2).reshape(batch, heads, n, dim)
@@ -259,7 +261,7 @@ def decode_attention(
     mask: str,
 ) -> Tensor:
     n = q.shape[2]
-    reads = _reads(Mask.parse(mask), tail_k.shape[2], q.device)
+    reads = _reads(mask, tail_k.shape[2], q.device)
     text = _over_text(q, prefix_k, prefix_v)
     if n == 1 and reads.runs:
         cell = int(position)
@@ -288,7 +290,7 @@ def decode_attention_fp8(
     mask: str,
 ) -> Tensor:
     """By the neighbours' codes, gathered and widened: a tail [B, H, n * neighbours, D] of which every cell is read."""
-    reads = _reads(Mask.parse(mask), tail_k.shape[2], q.device)
+    reads = _reads(mask, tail_k.shape[2], q.device)
     cells = position.view(1) + torch.arange(q.shape[2], device=q.device)
     own, near = reads.slot_of_cell[cells], reads.slots[cells].view(-1)  # [n], [n * m]
     same = near[:, None] == own  # [n * m, n]: which of the new cells a slot is about to hold
