@@ -31,7 +31,8 @@ def _fused(q: Tensor) -> bool:
 def _piece(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None, causal: bool = False) -> tuple[Tensor, Tensor]:
     if _fused(q):
         # The fused call has no backward of its own here: ops.py pairs it with sparse_attention_backward.
-        return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal, attn_mask=bias)  # type: ignore[no-any-return]
+        flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
+        return flash(q, k, v, 0.0, causal, attn_mask=bias)  # type: ignore[no-any-return]
     scores = _scores(q, k, bias, causal)
     lse = scores.logsumexp(-1)
     return (scores - lse[..., None]).exp().to(v.dtype) @ v, lse
@@ -205,12 +206,12 @@ def sparse_attention_backward(
 
 
 class _Reads(NamedTuple):
-    """Device copies of a mask's decode tables; on a CPU also the contiguous run of slots a cell reads, if it is one."""
+    """Device copies of a mask's decode tables; on a CPU also each cell's own slot and those it reads, a slice if so."""
 
     slot_of_cell: Tensor  # [cells]
     slots: Tensor  # [cells, max_neighbours]
     bias: Tensor  # [cells, max_neighbours]: 0, or -inf beyond the count
-    runs: list[slice | Tensor]
+    of_cell: list[tuple[int, slice | Tensor]]
 
 
 @lru_cache(maxsize=64)
@@ -218,14 +219,14 @@ def _reads(mask: str, slots: int, device: torch.device) -> _Reads:
     tables = Mask.parse(mask).decode_tables(slots)
     table, counts = torch.from_numpy(tables.slots).long(), torch.from_numpy(tables.counts)
     unread = torch.arange(table.shape[1]) >= counts[:, None]
-    runs: list[slice | Tensor] = []
+    of_cell: list[tuple[int, slice | Tensor]] = []
     if device.type == "cpu":
-        for row, count in zip(table, counts.tolist(), strict=True):
+        for own, row, count in zip(tables.slot_of_cell.tolist(), table, counts.tolist(), strict=True):
             ordered = row[:count].sort().values
             first, last = int(ordered[0]), int(ordered[-1])
-            runs.append(slice(first, last + 1) if last - first + 1 == count else ordered)
+            of_cell.append((own, slice(first, last + 1) if last - first + 1 == count else ordered))
     bias = torch.zeros(table.shape).masked_fill(unread, -math.inf)
-    return _Reads(torch.from_numpy(tables.slot_of_cell).long().to(device), table.to(device), bias.to(device), runs)
+    return _Reads(torch.from_numpy(tables.slot_of_cell).long().to(device), table.to(device), bias.to(device), of_cell)
 
 
 def _over_text(q: Tensor, prefix_k: Tensor, prefix_v: Tensor) -> tuple[Tensor, Tensor]:
@@ -263,12 +264,11 @@ def decode_attention(
     n = q.shape[2]
     reads = _reads(mask, tail_k.shape[2], q.device)
     text = _over_text(q, prefix_k, prefix_v)
-    if n == 1 and reads.runs:
-        cell = int(position)
-        slot, run = int(reads.slot_of_cell[cell]), reads.runs[cell]
-        tail_k[:, :, slot] = k[:, :, 0]
-        tail_v[:, :, slot] = v[:, :, 0]
-        return _joined(text, _piece(q, tail_k[:, :, run], tail_v[:, :, run]))
+    if n == 1 and reads.of_cell:
+        own, read = reads.of_cell[int(position)]
+        tail_k.narrow(2, own, 1).copy_(k)
+        tail_v.narrow(2, own, 1).copy_(v)
+        return _joined(text, _piece(q, tail_k[:, :, read], tail_v[:, :, read]))
     cells = position.view(1) + torch.arange(n, device=q.device)
     tail_k.index_copy_(2, reads.slot_of_cell[cells], k)
     tail_v.index_copy_(2, reads.slot_of_cell[cells], v)
