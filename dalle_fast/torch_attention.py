@@ -230,7 +230,8 @@ def _reads(mask: str, slots: int, device: torch.device) -> _Reads:
 
 
 def _at(tail: Tensor, slots: slice | Tensor) -> Tensor:
-    """[B, H, slots, D] -> [B, H, n, D]. index_select, which copies rows; indexing takes up to five times as long on a CPU."""
+    """[B, H, slots, D] -> [B, H, n, D]. By index_select, which copies rows: indexing takes two to five times as long on a CPU
+    (bench/results/2026-11-30-torch-linear-layers.json)."""
     return tail[:, :, slots] if isinstance(slots, slice) else tail.index_select(2, slots)
 
 

@@ -3,6 +3,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from dalle_fast import masks
 from dalle_fast.layout import SequenceLayout
 from dalle_fast.masks import Mask, Pattern
 
@@ -67,6 +68,13 @@ def test_neighbours_and_reach_at_the_papers_layout(pattern, keys, reach):
     table, counts = mask.neighbours()
     assert (table.shape[1], counts.max(), mask.reach) == (keys, keys, reach)
     assert table.dtype == np.int16
+
+
+def test_what_every_step_asks_of_a_mask_is_found_once(monkeypatch):
+    mask = Mask.parse("conv(kernel=5,boundary=clip)@7+9x9")
+    slots = mask.ring()
+    monkeypatch.setattr(masks, "_neighbours", lambda mask: pytest.fail("the neighbours were looked through again"))
+    assert (mask.ring(), mask.ring(2)) == (slots, slots + 1)
 
 
 @pytest.mark.parametrize(
