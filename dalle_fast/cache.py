@@ -67,6 +67,11 @@ class Cache:
     def batch(self) -> int:
         return self.tail_k[0].shape[0]
 
+    @property
+    def next_cell(self) -> int | Tensor:
+        """The position: a number where looking at it costs nothing, on a CPU and outside a compiler, else the tensor."""
+        return int(self.position) if self.position.is_cpu and not torch.compiler.is_compiling() else self.position
+
     def fill_prefix(self, layer: int, k: Tensor, v: Tensor) -> None:
         """Keeps the text's keys and values [prompts, heads, text_len, head_dim], and sets the scales of an e4m3 tail: the
         prefix's largest magnitude of a head becomes 448 / HEADROOM."""

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from dalle_fast import backends
 from dalle_fast.backends import Call
@@ -151,13 +152,27 @@ def decode_attention(
     and expected.
     """
     _check_decode(q, k, v, prefix_k, prefix_v, tail_k, tail_v, position, mask, scales)
-    args = (q, k, v, prefix_k, prefix_v, tail_k, tail_v)
-    out: Tensor
-    if scales is None:
-        out = torch.ops.dalle_fast.decode_attention(*args, position, str(mask))
-    else:
-        out = torch.ops.dalle_fast.decode_attention_fp8(*args, *scales, position, str(mask))
+    op, args = _decode_call(q, k, v, prefix_k, prefix_v, tail_k, tail_v, position, mask, scales)
+    out: Tensor = getattr(torch.ops.dalle_fast, op)(*args)
     return out
+
+
+def decode_attention_unchecked(q: Tensor, *rest: Any) -> Tensor:
+    """decode_attention of what a model and its cache made: unchecked, and dispatched by PyTorch only where a compiler or a
+    dispatch mode looks on. It takes a fifteenth of a small model's step (bench/results/2026-12-01-torch-step.json)."""
+    op, args = _decode_call(q, *rest)
+    watched = torch.compiler.is_compiling() or is_in_torch_dispatch_mode()
+    module = torch.ops.dalle_fast if watched else _backend(op, q, q.shape[-1])
+    out: Tensor = getattr(module, op)(*args)
+    return out
+
+
+def _decode_call(*args: Any) -> tuple[str, tuple[Any, ...]]:
+    """decode_attention's arguments -> the op that serves them, and its own."""
+    *tensors, position, mask, scales = args
+    if scales is None:
+        return "decode_attention", (*tensors, position, str(mask))
+    return "decode_attention_fp8", (*tensors, *scales, position, str(mask))
 
 
 def _check_decode(

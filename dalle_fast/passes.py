@@ -92,7 +92,7 @@ class StepPass:
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         c = self.cache
-        return ops.decode_attention(
+        return ops.decode_attention_unchecked(
             q, k, v, c.prefix_k[layer], c.prefix_v[layer], c.tail_k[layer], c.tail_v[layer], c.position, c.masks[layer],
             c.scales[layer],
         )  # fmt: skip

@@ -241,6 +241,9 @@ def _over_text(q: Tensor, prefix_k: Tensor, prefix_v: Tensor) -> tuple[Tensor, T
     prompts = prefix_k.shape[0]
     if batch == prompts:
         return _piece(q, prefix_k, prefix_v)
+    if prompts == n == 1:  # the usual step, by the fewest views
+        out, lse = _piece(q.transpose(0, 2), prefix_k, prefix_v)
+        return out.transpose(0, 2), lse.permute(2, 1, 0)
     rows = q.view(prompts, -1, heads, n, dim).transpose(1, 2).reshape(prompts, heads, -1, dim)
     out, lse = _piece(rows, prefix_k, prefix_v)
     out = out.view(prompts, heads, -1, n, dim).transpose(1, 2).reshape(batch, heads, n, dim)

@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 from helpers import BACKENDS, DEVICE, assert_close, canaries, plain_attention, randn, require
+from torch._subclasses import FakeTensor, FakeTensorMode
 
 from dalle_fast import backends, ops, reference
 from dalle_fast.masks import Mask
@@ -103,6 +104,22 @@ def test_opcheck(backend):
         torch.library.opcheck(
             torch.ops.dalle_fast.decode_attention.default, (*args, torch.tensor([3], device=DEVICE), str(mask))
         )
+
+
+def test_unchecked_is_the_same_and_dispatched_where_someone_looks_on(monkeypatch):
+    mask, position = Mask.parse("row@4+4x4"), torch.tensor([3], device=DEVICE)
+    args = inputs(mask, 1, 2, 1, 3, torch.float32, 16)
+    copies = [x.clone() for x in args]
+    expected = ops.decode_attention(*args, position, mask)
+    dispatched = ops.torch.ops.dalle_fast.decode_attention
+    monkeypatch.setattr(ops.torch.ops.dalle_fast, "decode_attention", None)
+    out = ops.decode_attention_unchecked(*copies, position, mask, None)
+    assert torch.equal(out, expected)
+    for copy, x in zip(copies, args, strict=True):
+        torch.testing.assert_close(copy, x, rtol=0, atol=0, equal_nan=True)
+    monkeypatch.setattr(ops.torch.ops.dalle_fast, "decode_attention", dispatched)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        assert isinstance(ops.decode_attention_unchecked(*copies, position, mask, None), FakeTensor)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

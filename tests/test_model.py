@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from dalle_fast import reference
+from dalle_fast.cache import Cache
 from dalle_fast.config import ModelConfig
 from dalle_fast.model import DalleModel, rotary_table
 from dalle_fast.passes import Rotary, rotate, shift_sequence
@@ -177,6 +178,20 @@ def test_the_model_compiles():
         expected = model(text, image)[1]
         actual = torch.compile(model, backend="aot_eager", fullgraph=True)(text, image)[1]
     torch.testing.assert_close(actual, expected)
+
+
+def test_a_step_compiles():
+    model = DalleModel(ModelConfig.preset("tiny", layers=2, patterns=("row", "column"))).eval()
+    text, image = tokens(model.config)
+    logits = []
+    with torch.no_grad():
+        for compiled in (False, True):
+            cache = Cache(model.config, len(text), 1)
+            model.prefill(text, cache)
+            step = torch.compile(model.step, backend="aot_eager", fullgraph=True) if compiled else model.step
+            logits.append([step(image[:, i : i + 1], cache) for i in range(3)])
+            assert cache.position.item() == 3 + model.config.first_cell
+    torch.testing.assert_close(logits[1], logits[0])
 
 
 def test_save_and_load_give_the_same_logits(tmp_path):
