@@ -72,6 +72,20 @@ class Cache:
         """The position: a number where looking at it costs nothing, on a CPU and outside a compiler, else the tensor."""
         return int(self.position) if self.position.is_cpu and not torch.compiler.is_compiling() else self.position
 
+    def check(self, x: Tensor, config: ModelConfig) -> None:
+        """Raises ValueError unless x [B, n, d] are cells that a step of a model can append. Once a step, not once a layer."""
+        if config is not self.config and config != self.config:
+            raise ValueError(f"got a cache made for {self.config}, expected one for {config}")
+        if x.shape[0] != self.batch or not 1 <= x.shape[1] <= self.chunk:
+            raise ValueError(
+                f"got {x.shape[1]} cells of {x.shape[0]} candidates, expected 1 to {self.chunk} of {self.batch}"
+            )
+        kept = self.prefix_k[0]
+        if x.dtype != kept.dtype or x.device != kept.device:
+            raise ValueError(
+                f"got a step in {x.dtype} on {x.device}, expected {kept.dtype} on {kept.device}, as its cache"
+            )
+
     def fill_prefix(self, layer: int, k: Tensor, v: Tensor) -> None:
         """Keeps the text's keys and values [prompts, heads, text_len, head_dim], and sets the scales of an e4m3 tail: the
         prefix's largest magnitude of a head becomes 448 / HEADROOM."""

@@ -237,7 +237,8 @@ class DalleModel(nn.Module):
         return self.advance(self.embed_image(tokens, cache.next_cell - self.config.first_cell), cache)
 
     def advance(self, x: Tensor, cache: Cache) -> Tensor:
-        """`step` from the embedded tokens [B, n, d]."""
+        """`step` from the embedded tokens [B, n, d]. Raises ValueError for cells that the cache can't take."""
+        cache.check(x, self.config)
         text_len, n = self.config.layout.text_len, x.shape[1]
         run = StepPass(cache, n, None)
         if self.rotary is not None:

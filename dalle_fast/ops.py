@@ -158,8 +158,8 @@ def decode_attention(
 
 
 def decode_attention_unchecked(q: Tensor, *rest: Any) -> Tensor:
-    """decode_attention of what a model and its cache made: unchecked, and dispatched by PyTorch only where a compiler or a
-    dispatch mode looks on. It takes a fifteenth of a small model's step (bench/results/2026-12-01-torch-step.json)."""
+    """decode_attention for cells that Cache.check has let pass: no shape is looked at, and PyTorch dispatches only where a
+    compiler or a dispatch mode looks on. What that saves of a step: bench/results/2026-12-01-torch-step.json."""
     op, args = _decode_call(q, *rest)
     watched = torch.compiler.is_compiling() or is_in_torch_dispatch_mode()
     module = torch.ops.dalle_fast if watched else _backend(op, q, q.shape[-1])
@@ -168,8 +168,12 @@ def decode_attention_unchecked(q: Tensor, *rest: Any) -> Tensor:
 
 
 def _decode_call(*args: Any) -> tuple[str, tuple[Any, ...]]:
-    """decode_attention's arguments -> the op that serves them, and its own."""
+    """decode_attention's arguments -> the op that serves them, and its own. Raises ValueError where a gradient is wanted."""
     *tensors, position, mask, scales = args
+    if torch.is_grad_enabled() and any(x.requires_grad for x in tensors[:5]):  # q, k, v and the prefix
+        raise ValueError(
+            "decode_attention is inference only: got an input that requires a gradient, expected torch.no_grad()"
+        )
     if scales is None:
         return "decode_attention", (*tensors, position, str(mask))
     return "decode_attention_fp8", (*tensors, *scales, position, str(mask))
@@ -223,10 +227,6 @@ def _check_decode(
     if position.numel() != 1 or position.dtype != torch.int64 or position.device != q.device:
         raise ValueError(
             f"got position {list(position.shape)} {position.dtype} on {position.device}, expected one int64 on {q.device}"
-        )
-    if torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v, prefix_k, prefix_v)):
-        raise ValueError(
-            "decode_attention is inference only: got an input that requires a gradient, expected torch.no_grad()"
         )
 
 

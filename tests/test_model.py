@@ -180,6 +180,36 @@ def test_the_model_compiles():
     torch.testing.assert_close(actual, expected)
 
 
+@pytest.mark.parametrize(
+    ("batch", "cells", "dtype", "gradient", "message"),
+    [
+        (1, 1, torch.float64, False, "got 1 cells of 1 candidates, expected 1 to 2 of 4"),
+        (6, 1, torch.float64, False, "got 1 cells of 6 candidates, expected 1 to 2 of 4"),
+        (8, 1, torch.float64, False, "got 1 cells of 8 candidates, expected 1 to 2 of 4"),
+        (4, 3, torch.float64, False, "got 3 cells of 4 candidates, expected 1 to 2 of 4"),
+        (4, 0, torch.float64, False, "got 0 cells of 4 candidates, expected 1 to 2 of 4"),
+        (4, 1, torch.float32, False, "got a step in torch.float64 on cpu, expected torch.float32 on cpu"),
+        (4, 1, torch.float64, True, "inference only"),
+    ],
+)
+def test_a_step_that_does_not_fit_its_cache_is_refused(batch, cells, dtype, gradient, message):
+    model = tiny()
+    cache = Cache(model.config, 2, 2, chunk=2, dtype=torch.float64)
+    with torch.no_grad():
+        model.prefill(tokens(model.config)[0], cache)
+    if dtype != torch.float64:
+        cache = Cache(model.config, 2, 2, chunk=2, dtype=dtype)
+    with torch.set_grad_enabled(gradient), pytest.raises(ValueError, match=message):
+        model.step(torch.ones(batch, cells, dtype=torch.int64), cache)
+
+
+def test_a_cache_of_another_model_is_refused():
+    model = tiny()
+    cache = Cache(ModelConfig.preset("tiny", positions="rotary"), 1, 2, dtype=torch.float64)
+    with torch.no_grad(), pytest.raises(ValueError, match=r"got a cache made for .*rotary.*expected one for "):
+        model.step(torch.ones(2, 1, dtype=torch.int64), cache)
+
+
 def test_a_step_compiles():
     model = DalleModel(ModelConfig.preset("tiny", layers=2, patterns=("row", "column"))).eval()
     text, image = tokens(model.config)
